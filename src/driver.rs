@@ -1,0 +1,157 @@
+//! The one place that orders the gate and the real locks.
+//!
+//! Every call of SQLite's that changes a lock comes through here, and takes the same path:
+//!
+//! ```text
+//! state: what must happen first?   →   acquire the gate   →   real VFS   →   state: what now?   →   release the gate
+//!          (Ask)                        (LOCK_NB)                               (no reason left?)
+//! ```
+//!
+//! ## Invariants
+//! - **Acquire gate → real. Release real → gate.** So "a write transaction holds its real lock ⇒ the flock is
+//!   held" is true at every instant, also for an outsider's `flock kanban.db.lock cmd`. (Row L7w lends the gate
+//!   while the real lock is RESERVED or PENDING: nothing is written to the database file at those levels.)
+//! - **Never wait here**, but for a checkpoint under `kanbanlock_checkpoint=gate` (K1), when this file holds no
+//!   lock that another could be waiting for. RESERVED is asked for with SHARED held, WRITE with a read mark
+//!   held: waiting for the gate with those is a deadlock of two.
+//! - After each call the gate is held exactly while the state has a reason for it.
+//! - xUnlock never answers SQLITE_BUSY of our making; releasing the gate cannot fail.
+//!
+//! Uses: `state`, `gate`, `lock`, `stats`, `error`.
+
+use std::cell::Cell;
+use std::ffi::c_int;
+
+use crate::error::rc;
+use crate::gate::Gate;
+use crate::lock::{LockLevel, RealLocks, ShmRequest};
+use crate::state::{Ask, CheckpointPolicy, Reply, Row, State};
+use crate::stats;
+
+/// The locks of one open database file. SQLite serialises the calls on a file, so cells are enough.
+#[derive(Debug)]
+pub struct Driver<G> {
+    state: Cell<State>,
+    /// `None` for a file that cannot be written: opened read-only.
+    gate: Option<G>,
+}
+
+impl<G: Gate> Driver<G> {
+    /// A file just opened, holding nothing.
+    pub fn new(policy: CheckpointPolicy, gate: Option<G>) -> Driver<G> {
+        Driver { state: Cell::new(State::new(policy)), gate }
+    }
+
+    /// The state now.
+    pub fn state(&self) -> State {
+        self.state.get()
+    }
+
+    /// The gate, if this file has one.
+    pub fn gate(&self) -> Option<&G> {
+        self.gate.as_ref()
+    }
+
+    /// Row P1: a callback panicked.
+    pub fn poison(&self) {
+        self.state.set(self.state.get().poison());
+    }
+
+    /// `xLock`: rows L1–L8. `shm_exists`: is there a `<db>-shm` file (row L7w)?
+    pub fn x_lock(&self, real: &impl RealLocks, level: c_int, shm_exists: impl Fn() -> bool) -> c_int {
+        let Some(to) = LockLevel::from_raw(level) else {
+            return real.x_lock(level); // X1
+        };
+        if let Err(code) = self.admit(real, self.state.get().ask_lock(to)) {
+            return code;
+        }
+        let code = real.x_lock(level);
+        let (after, _) = self.state.get().lock_done(to, reply(code), shm_exists);
+        self.settle(after);
+        code
+    }
+
+    /// `xUnlock`: rows L9–L11.
+    pub fn x_unlock(&self, real: &impl RealLocks, level: c_int) -> c_int {
+        let code = real.x_unlock(level);
+        let Some(to) = LockLevel::from_raw(level) else {
+            return code; // X1
+        };
+        let (after, _) = self.state.get().unlock_done(to, reply(code), || real.lock_state());
+        self.settle(after);
+        code
+    }
+
+    /// `xShmLock`: rows S1–S6, K1, K2 and the reset guard, G1–G4.
+    pub fn x_shm_lock(&self, real: &impl RealLocks, offset: c_int, count: c_int, flags: c_int) -> c_int {
+        let Some(request) = ShmRequest::from_raw(offset, count, flags) else {
+            return real.x_shm_lock(offset, count, flags); // X1
+        };
+        if let Err(code) = self.admit(real, self.state.get().ask_shm(request)) {
+            return code;
+        }
+        let code = real.x_shm_lock(offset, count, flags);
+        let (after, row) = self.state.get().shm_done(request, reply(code));
+        if matches!(row, Row::G2 | Row::G4) {
+            // If this fails, CKPT stays ours until xShmUnmap: nobody checkpoints, and nothing is lost.
+            let _ = real.unlock_ckpt();
+        }
+        self.settle(after);
+        code
+    }
+
+    /// `xShmUnmap`: row S7.
+    pub fn x_shm_unmap(&self, real: &impl RealLocks, delete: c_int) -> c_int {
+        let code = real.x_shm_unmap(delete);
+        let (after, _) = self.state.get().unmap_done();
+        self.settle(after);
+        code
+    }
+
+    /// Everything that must be won before the call is forwarded; `Err` is the answer if it is not.
+    fn admit(&self, real: &impl RealLocks, ask: Ask) -> Result<(), c_int> {
+        let acquired = match (ask, &self.gate) {
+            (Ask::Forward, _) => true,
+            (Ask::TakeGate, Some(gate)) => gate.try_acquire()?,
+            (Ask::AwaitGate, Some(gate)) => gate.await_acquire()?,
+            (Ask::TakeGate | Ask::AwaitGate, None) => true,
+            (Ask::GuardReset, _) => return self.guard_reset(real),
+            (Ask::Refuse, _) => return Err(rc::IOERR_LOCK),
+        };
+        if acquired { Ok(()) } else { Err(rc::BUSY) }
+    }
+
+    /// Row G1. A checkpointer holds CKPT from before it reads the wal-index header until it is done, so a
+    /// restart that holds CKPT cannot fall into its window. BUSY is harmless: `walRestartLog` goes on appending.
+    fn guard_reset(&self, real: &impl RealLocks) -> Result<(), c_int> {
+        match real.lock_ckpt() {
+            rc::OK => Ok(()),
+            code if rc::primary(code) == rc::BUSY => {
+                stats::RESETS_DEFERRED.increment();
+                Err(rc::BUSY)
+            }
+            code => Err(code),
+        }
+    }
+
+    /// The last step of every call: the real lock is as `after` says, so now the gate can follow.
+    fn settle(&self, after: State) {
+        self.state.set(after);
+        let Some(gate) = &self.gate else { return };
+        if !after.wants_gate() {
+            gate.release();
+        }
+        debug_assert!(
+            after.is_poisoned() || gate.is_held() == after.wants_gate(),
+            "gate held ⇔ there is a reason: {after:?}"
+        );
+    }
+}
+
+fn reply(code: c_int) -> Reply {
+    match rc::primary(code) {
+        rc::OK => Reply::Ok,
+        rc::BUSY => Reply::Busy,
+        _ => Reply::Error,
+    }
+}

@@ -1,0 +1,220 @@
+//! An open file of the shim, as it lies in SQLite's memory.
+//!
+//! ```text
+//! sqlite3_file* ─►  ┌ ShimFile ──────────────┬ real file ─────────────┐
+//!                   │ base.pMethods  open ───┼─► pMethods  …          │   szOsFile = ours + the real VFS's
+//!                   └─────────────────│──────┴────────────────────────┘
+//!                                     └─► OpenFile, on the heap: driver, gate, paths
+//! ```
+//!
+//! Position-independent: nothing points into this memory, since appendvfs moves an open file object. Every
+//! offset is a multiple of 8: the super-journal code of pager.c puts a second file at an unrounded `szOsFile`.
+//!
+//! Only main database files have this shape. Every other file (journals, WAL, temporary files) is opened by
+//! the real VFS in the same memory, with its own methods, and never comes back to us.
+//!
+//! Uses: `driver`, `gate`, `real`, `shim`, `sys`, `state`, `options`, `error`, `ffi`.
+
+use std::ffi::{CStr, CString, c_int};
+use std::mem::{align_of, size_of};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::ptr::NonNull;
+
+use crate::driver::Driver;
+use crate::error::rc;
+use crate::ffi;
+use crate::gate::{LockFile, with_suffix};
+use crate::options::FileOptions;
+use crate::real::RealFile;
+use crate::shim::Shim;
+use crate::sys::{self, ErrnoGuard};
+
+/// Our part of the memory; the real file lies right behind it.
+#[repr(C)]
+#[derive(Debug)]
+struct ShimFile {
+    base: ffi::sqlite3_file,
+    open: *mut OpenFile,
+}
+
+const _: () = assert!(size_of::<ShimFile>() % 8 == 0, "the real file behind must be aligned");
+const _: () = assert!(align_of::<ShimFile>() <= 8, "SQLite's memory is aligned to 8");
+
+/// `szOsFile` for a shim around a VFS with files of `real` bytes.
+pub fn shim_file_size(real: c_int) -> Option<c_int> {
+    let ours = c_int::try_from(size_of::<ShimFile>()).ok()?;
+    let sum = ours.checked_add(real)?;
+    sum.checked_add(7).map(|padded| padded & !7)
+}
+
+/// What we know of an open database file.
+#[derive(Debug)]
+pub struct OpenFile {
+    /// The locks.
+    pub driver: Driver<LockFile>,
+    /// The VFS that opened it.
+    pub shim: &'static Shim,
+    options: FileOptions,
+    shm_path: CString,
+}
+
+impl OpenFile {
+    /// A database file just opened by the real VFS. `writable`: not SQLITE_OPEN_READONLY; a file that cannot be
+    /// written gets no gate.
+    pub fn new(shim: &'static Shim, database: &CStr, options: FileOptions, writable: bool) -> OpenFile {
+        let gate = writable.then(|| LockFile::new(shim.host, database, options.fallback));
+        OpenFile {
+            driver: Driver::new(options.checkpoint, gate),
+            shim,
+            options,
+            shm_path: with_suffix(database, "-shm"),
+        }
+    }
+
+    /// Is there a `<db>-shm`? Row L7w: then a WAL connection may hold SHARED for life.
+    pub fn shm_exists(&self) -> bool {
+        let _errno = ErrnoGuard::new();
+        sys::lstat(&self.shm_path).is_ok()
+    }
+
+    /// The answer to `PRAGMA kanbanlock`: one row of JSON.
+    pub fn status(&self) -> String {
+        let state = self.driver.state();
+        let lock_file = match self.driver.gate() {
+            Some(gate) => json_string(&gate.path().to_string_lossy()),
+            None => "null".to_owned(),
+        };
+        let totals = crate::stats::snapshot();
+        format!(
+            "{{\"version\":{version},\"vfs\":{vfs},\"real_vfs\":{real_vfs},\"lock_file\":{lock_file},\
+             \"level\":\"{level}\",\"held\":{held},\"checkpoint\":\"{checkpoint}\",\"fallback\":\"{fallback}\",\
+             \"process\":{{\"acquired\":{acquired},\"held\":{held_now},\"refused\":{refused},\
+             \"replaced\":{replaced},\"unlocked\":{unlocked},\"resets_deferred\":{resets_deferred}}}}}",
+            version = json_string(env!("CARGO_PKG_VERSION")),
+            vfs = json_string(&self.shim.name.to_string_lossy()),
+            real_vfs = json_string(&self.shim.real.name()),
+            level = state.level().name(),
+            held = state.wants_gate(),
+            checkpoint = self.options.checkpoint.as_str(),
+            fallback = self.options.fallback.as_str(),
+            acquired = totals.acquired,
+            held_now = totals.held,
+            refused = totals.refused,
+            replaced = totals.replaced,
+            unlocked = totals.unlocked,
+            resets_deferred = totals.resets_deferred,
+        )
+    }
+}
+
+/// A string in JSON (RFC 8259, section 7).
+fn json_string(text: &str) -> String {
+    let mut json = String::from("\"");
+    for c in text.chars() {
+        match c {
+            '"' | '\\' => json.extend(['\\', c]),
+            c if c < ' ' => json.push_str(&format!("\\u{:04x}", u32::from(c))),
+            c => json.push(c),
+        }
+    }
+    json.push('"');
+    json
+}
+
+/// A handle to the memory of one file: a copied pointer, as `RealFile` is.
+#[derive(Clone, Copy, Debug)]
+pub struct FileHandle(NonNull<ShimFile>);
+
+impl FileHandle {
+    /// # Safety
+    ///
+    /// `file` points to `szOsFile` writable bytes of a VFS of ours, aligned to 8, which stay in place as long
+    /// as the handle is used; and SQLite serialises the calls on this file.
+    pub unsafe fn new(file: *mut ffi::sqlite3_file) -> FileHandle {
+        // SAFETY: SQLite never passes a null file, and the caller says that there is memory behind it.
+        FileHandle(unsafe { NonNull::new_unchecked(file.cast()) })
+    }
+
+    /// The real file behind ours.
+    pub fn real(self) -> RealFile {
+        // SAFETY: FileHandle::new: szOsFile bytes, of which ShimFile is only the first part (shim_file_size).
+        let behind = unsafe { self.0.add(1) };
+        // SAFETY: x_open has had the real VFS open its file here before any handle's real() is used, and it
+        // stays open until x_close, the last call on the file.
+        unsafe { RealFile::new(behind.cast()) }
+    }
+
+    /// "pMethods = NULL before anything can fail": then SQLite will not call xClose after a failed xOpen.
+    pub fn set_closed(self) {
+        // SAFETY: FileHandle::new: writable memory; both fields are plain pointers, written without being read.
+        unsafe {
+            self.0.write(ShimFile {
+                base: ffi::sqlite3_file { pMethods: std::ptr::null() },
+                open: std::ptr::null_mut(),
+            })
+        }
+    }
+
+    /// Hands the file to SQLite.
+    pub fn set_open(self, open: Box<OpenFile>, methods: &'static ffi::sqlite3_io_methods) {
+        let open = Box::into_raw(open);
+        // SAFETY: FileHandle::new: writable memory; both fields are plain pointers, written without being read.
+        unsafe { self.0.write(ShimFile { base: ffi::sqlite3_file { pMethods: methods }, open }) }
+    }
+
+    /// Row C1: closes the real file first, then the lock file.
+    pub fn close(self) -> c_int {
+        let code = self.real().x_close();
+        // SAFETY: FileHandle::new: readable; set_open has written the field, since SQLite closes open files only.
+        let open = unsafe { (*self.0.as_ptr()).open };
+        self.set_closed();
+        // SAFETY: `open` came from Box::into_raw in set_open, and set_closed has just forgotten it: this is the
+        // only owner, and x_close the last call on the file, so no reference from open() is left.
+        drop(unsafe { Box::from_raw(open) });
+        code
+    }
+
+    /// Runs `body` on the open file. A panic poisons the file (row P1), is logged, and becomes `failure`.
+    pub fn guarded(self, failure: c_int, body: impl FnOnce(&OpenFile, RealFile) -> c_int) -> c_int {
+        // SAFETY: FileHandle::new: readable; set_open has written the field before SQLite makes this call.
+        let open = unsafe { (*self.0.as_ptr()).open };
+        // SAFETY: set_open's box, freed only by close(), the last call on the file. It is shared from here on:
+        // what changes is in cells, so a call that the real VFS makes back into us would find no `&mut`.
+        let open = unsafe { &*open };
+        catch_unwind(AssertUnwindSafe(|| body(open, self.real()))).unwrap_or_else(|_| {
+            open.driver.poison();
+            open.shim.host.log(
+                failure,
+                "kanbanlock: a callback panicked (a bug: please report it). This connection grants no more \
+                 write locks; close it and open another",
+            );
+            failure
+        })
+    }
+}
+
+/// Runs a callback that has no file yet. A panic becomes `failure`.
+pub fn guarded(failure: c_int, body: impl FnOnce() -> c_int) -> c_int {
+    debug_assert_ne!(rc::primary(failure), rc::OK);
+    catch_unwind(AssertUnwindSafe(body)).unwrap_or(failure)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_are_rounded_up_to_8_and_do_not_overflow() {
+        assert_eq!(shim_file_size(0), Some(16));
+        assert_eq!(shim_file_size(1), Some(24));
+        assert_eq!(shim_file_size(120), Some(136));
+        assert_eq!(shim_file_size(c_int::MAX), None);
+        assert_eq!(shim_file_size(c_int::MAX - 16), None);
+    }
+
+    #[test]
+    fn json_strings_escape_what_json_cannot_hold() {
+        assert_eq!(json_string("/tmp/a b.db.lock"), "\"/tmp/a b.db.lock\"");
+        assert_eq!(json_string("\"\\\n\u{1}é"), "\"\\\"\\\\\\u000a\\u0001é\"");
+    }
+}

@@ -1,0 +1,427 @@
+//! The gate: `flock(LOCK_EX)` on `<db>.lock`, and every rule about that file.
+//!
+//! ## Definitions
+//! *Lock file*: `<db>.lock`, next to the database as xOpen names it. *Gate*: the flock on it. *Refused*:
+//! another open file description holds the flock now.
+//!
+//! ## Invariants
+//! - The lock file is **never written, truncated or unlinked**. Its content is nobody's business, and a name
+//!   that comes and goes would let two processes lock two different files.
+//! - The flock held is on the file that the name `<db>.lock` leads to: checked after each acquire, since
+//!   others may delete or replace it. A stale descriptor is closed, the new file opened and locked.
+//! - No lock file, no write: if the gate cannot be had for any reason but "refused", the write lock fails with
+//!   an error that says what to do. `kanbanlock_fallback=unlocked` is the only way around, and it is logged.
+//! - Only LOCK_NB: nothing here waits for another process, but for the bounded [`Gate::await_acquire`].
+//! - errno is left as it was found.
+//!
+//! ## Cost
+//! Uncontended: flock, lstat, flock for a whole write transaction. No allocation, no mutex. The descriptor is
+//! opened at the first write lock (a reader never touches the lock file) and kept until xClose.
+//!
+//! A flock belongs to the open file description (flock(2)), not to the process: two connections of one process
+//! exclude each other, and a `close()` elsewhere in the process does not cancel it, unlike the POSIX locks
+//! beneath SQLite.
+//!
+//! Uses: `host`, `sys`, `stats`, `error`.
+
+use std::cell::{Cell, RefCell};
+use std::ffi::{CStr, CString, OsStr, c_int};
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use crate::error::rc;
+use crate::host::Host;
+use crate::stats;
+use crate::sys::{self, Attributes, Create, ErrnoGuard, FileId};
+
+/// A lock that is held by at most one open database file in the world.
+///
+/// `driver.rs` is written against this trait; [`LockFile`] is the real one.
+pub trait Gate {
+    /// Acquires without waiting. `Ok(false)`: refused. `Err`: an SQLite result code, already logged.
+    fn try_acquire(&self) -> Result<bool, c_int>;
+    /// Like [`Gate::try_acquire`], but tries again for a bounded time while refused.
+    fn await_acquire(&self) -> Result<bool, c_int>;
+    /// Releases. Cannot fail, and does nothing if the gate is not held.
+    fn release(&self);
+    /// True between a successful acquire and the release.
+    fn is_held(&self) -> bool;
+}
+
+/// What to do when the lock file cannot be used. URI parameter `kanbanlock_fallback`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum Fallback {
+    /// `refuse` (default): no lock file, no write.
+    #[default]
+    Refuse,
+    /// `unlocked`: write without the flock, under SQLite's own locks alone. Logged once per connection.
+    Unlocked,
+}
+
+/// How long a checkpoint under `kanbanlock_checkpoint=gate` waits for the gate before it is skipped.
+const CHECKPOINT_WAIT: Duration = Duration::from_millis(500);
+/// How often it looks meanwhile.
+const CHECKPOINT_POLL: Duration = Duration::from_micros(500);
+/// How often in a row a lock file may be replaced under us before the write is refused.
+const REPLACED_LIMIT: usize = 8;
+/// After how many refusals in a row the holder is looked up, once per connection (`/proc/locks`).
+const SELF_DEADLOCK_REFUSALS: u32 = 10;
+
+/// The gate of one open database file.
+#[derive(Debug)]
+pub struct LockFile {
+    host: Host,
+    database: CString,
+    path: CString,
+    fallback: Fallback,
+    descriptor: RefCell<Option<Descriptor>>,
+    held: Cell<bool>,
+    refusals: Cell<u32>,
+    has_warned_unlocked: Cell<bool>,
+    has_warned_self_deadlock: Cell<bool>,
+}
+
+#[derive(Debug)]
+struct Descriptor {
+    fd: OwnedFd,
+    id: FileId,
+}
+
+/// Why the gate cannot be had, other than that another holds it.
+struct Failure {
+    code: c_int,
+    message: String,
+}
+
+impl LockFile {
+    /// The gate of `database`, a path as xOpen got it. Opens nothing yet.
+    pub fn new(host: Host, database: &CStr, fallback: Fallback) -> LockFile {
+        LockFile {
+            host,
+            database: database.to_owned(),
+            path: with_suffix(database, ".lock"),
+            fallback,
+            descriptor: RefCell::new(None),
+            held: Cell::new(false),
+            refusals: Cell::new(0),
+            has_warned_unlocked: Cell::new(false),
+            has_warned_self_deadlock: Cell::new(false),
+        }
+    }
+
+    /// `<db>.lock`
+    pub fn path(&self) -> &Path {
+        as_path(&self.path)
+    }
+
+    fn acquire(&self) -> Result<bool, Failure> {
+        for _ in 0..REPLACED_LIMIT {
+            let descriptor = match self.descriptor.take() {
+                Some(descriptor) => descriptor,
+                None => self.open()?,
+            };
+            let acquired =
+                sys::flock_exclusive_nb(descriptor.fd.as_fd()).map_err(|error| self.flock_failure(&error))?;
+            if self.is_in_place(&descriptor) {
+                self.descriptor.replace(Some(descriptor));
+                return Ok(acquired);
+            }
+            // Dropping the stale descriptor closes it, and so releases its flock.
+            stats::REPLACED.increment();
+            self.host.log(
+                rc::WARNING,
+                &format!(
+                    "kanbanlock: {} was deleted or replaced while in use; locking the new file. Lock files \
+                     must stay: find out what removes it",
+                    self.path().display()
+                ),
+            );
+        }
+        Ok(false)
+    }
+
+    /// True if the name still leads to the file that we hold open. One lstat(2).
+    fn is_in_place(&self, descriptor: &Descriptor) -> bool {
+        sys::lstat(&self.path).is_ok_and(|now| now.id == descriptor.id)
+    }
+
+    fn open(&self) -> Result<Descriptor, Failure> {
+        for _ in 0..REPLACED_LIMIT {
+            match sys::open(&self.path, Create::No) {
+                Ok(fd) => return self.admit(fd),
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                Err(error) => return Err(self.open_failure(&error)),
+            }
+            match self.create() {
+                Ok(fd) => return self.admit(fd),
+                // Another process was first: open what it has made.
+                Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+                Err(error) => return Err(self.create_failure(&error)),
+            }
+        }
+        Err(self.failure(rc::CANTOPEN, "keeps appearing and disappearing; find out what removes it"))
+    }
+
+    /// A new lock file takes the database's mode, and its owner where we may: who can write the database can
+    /// then lock it. os_unix treats its journals the same way (`findCreateFileMode`, `robustFchown`).
+    fn create(&self) -> io::Result<OwnedFd> {
+        let database = sys::stat(&self.database)?;
+        let mode = database.mode & 0o777;
+        let fd = sys::open(&self.path, Create::New(mode))?;
+        let created = sys::fstat(fd.as_fd())?;
+        if created.mode & 0o777 != mode {
+            // The umask took bits away. Not ours to insist: a file system without modes refuses this.
+            let _ = sys::fchmod(fd.as_fd(), mode);
+        }
+        if (created.uid, created.gid) != (database.uid, database.gid) {
+            // Succeeds for root alone, which is the case that matters: "if a root process opens a database
+            // file, it can leave behind a journal … inaccessible to unprivileged processes" (os_unix.c).
+            let _ = sys::fchown(fd.as_fd(), database.uid, database.gid);
+        }
+        Ok(fd)
+    }
+
+    fn admit(&self, fd: OwnedFd) -> Result<Descriptor, Failure> {
+        let attributes = sys::fstat(fd.as_fd())
+            .map_err(|error| self.failure(rc::CANTOPEN, &format!("cannot be examined: {error}")))?;
+        if !attributes.is_regular() {
+            return Err(self.not_regular(&attributes));
+        }
+        Ok(Descriptor { fd, id: attributes.id })
+    }
+
+    fn granted(&self) -> bool {
+        stats::ACQUIRED.increment();
+        self.refusals.set(0);
+        self.held.set(true);
+        true
+    }
+
+    fn refused(&self) -> bool {
+        stats::REFUSED.increment();
+        self.refusals.set(self.refusals.get().saturating_add(1));
+        if self.refusals.get() >= SELF_DEADLOCK_REFUSALS && !self.has_warned_self_deadlock.get() {
+            self.warn_if_self_deadlocked();
+        }
+        false
+    }
+
+    /// One process that wraps its own flock around a kanbanlock connection waits for itself.
+    fn warn_if_self_deadlocked(&self) {
+        let before = stats::snapshot().held;
+        let descriptor = self.descriptor.borrow();
+        let Some(Descriptor { id, .. }) = *descriptor else { return };
+        let is_own_process = flock_holder(id) == Some(std::process::id());
+        // Held by this process, but by none of its kanbanlock connections: then by the application.
+        if is_own_process && before == 0 && stats::snapshot().held == 0 {
+            self.has_warned_self_deadlock.set(true);
+            self.host.log(
+                rc::WARNING,
+                &format!(
+                    "kanbanlock: this process (pid {}) itself holds the flock on {}, through a descriptor of \
+                     its own, so its connection waits for itself. Remove the application's flock: \
+                     kanbanlock takes it for every write transaction",
+                    std::process::id(),
+                    self.path().display()
+                ),
+            );
+        }
+    }
+
+    /// Fail closed, unless the user has chosen not to.
+    fn failed(&self, failure: &Failure) -> Result<bool, c_int> {
+        if self.fallback == Fallback::Refuse {
+            return Err(self.host.log_failure(failure.code, &failure.message));
+        }
+        stats::UNLOCKED.increment();
+        if !self.has_warned_unlocked.replace(true) {
+            self.host.log(
+                rc::WARNING,
+                &format!("{}. Writing WITHOUT the lock: kanbanlock_fallback=unlocked", failure.message),
+            );
+        }
+        Ok(self.granted())
+    }
+
+    fn failure(&self, code: c_int, what: &str) -> Failure {
+        Failure { code, message: format!("kanbanlock: {} {what}", self.path().display()) }
+    }
+
+    fn flock_failure(&self, error: &io::Error) -> Failure {
+        // ENOLCK, ENOSYS, EOPNOTSUPP …: an error, not SQLITE_BUSY, which would be tried again without end.
+        self.failure(
+            rc::IOERR_LOCK,
+            &format!(
+                "cannot be locked: flock(2): {error}. The file system may not support flock; put the \
+                 database on a local one"
+            ),
+        )
+    }
+
+    fn open_failure(&self, error: &io::Error) -> Failure {
+        match error.raw_os_error() {
+            Some(libc::ELOOP) => self.symbolic_link(),
+            Some(libc::EISDIR) => self.failure(
+                rc::CANTOPEN_ISDIR,
+                "is a directory: another tool's lock (SQLite's unix-dotfile VFS, a mkdir lock). Stop that \
+                 tool, then remove the directory",
+            ),
+            // "ENXIO … the file is a UNIX domain socket", open(2).
+            Some(libc::ENXIO) => match sys::lstat(&self.path) {
+                Ok(attributes) => self.not_regular(&attributes),
+                Err(_) => self.failure(rc::CANTOPEN, &format!("cannot be opened: {error}")),
+            },
+            Some(libc::EACCES | libc::EPERM) => self.failure(
+                rc::PERM,
+                "exists, but this process may not open it for reading and writing. Give it the database's \
+                 owner and mode (chown --reference, chmod --reference)",
+            ),
+            _ => self.cannot_create_or_open("opened", error),
+        }
+    }
+
+    fn create_failure(&self, error: &io::Error) -> Failure {
+        match error.raw_os_error() {
+            Some(libc::EACCES | libc::EPERM) => self.failure(
+                rc::READONLY_DIRECTORY,
+                "does not exist, and this process may not create files in its folder. Make the folder \
+                 writable (SQLite needs that for its journals too), or create the file beforehand",
+            ),
+            _ => self.cannot_create_or_open("created", error),
+        }
+    }
+
+    fn cannot_create_or_open(&self, verb: &str, error: &io::Error) -> Failure {
+        let (code, advice) = match error.raw_os_error() {
+            Some(libc::EROFS) => (rc::READONLY_DIRECTORY, "open the database with mode=ro"),
+            Some(libc::ENOSPC | libc::EDQUOT) => (rc::FULL, "free some space"),
+            Some(libc::ENOMEM) => (rc::NOMEM, "free some memory"),
+            Some(libc::EMFILE | libc::ENFILE) => {
+                (rc::CANTOPEN, "raise the limit of open files (ulimit -n), or close some")
+            }
+            _ => (rc::CANTOPEN, "check that its folder exists and is reachable"),
+        };
+        self.failure(code, &format!("cannot be {verb}: {error}; {advice}"))
+    }
+
+    fn symbolic_link(&self) -> Failure {
+        let target = std::fs::read_link(self.path()).unwrap_or_default();
+        let state = if sys::stat(&self.path).is_ok() { "a" } else { "a dangling" };
+        self.failure(
+            rc::CANTOPEN_SYMLINK,
+            &format!(
+                "is {state} symbolic link to {}, and a lock file is not looked for elsewhere. Remove the link",
+                target.display()
+            ),
+        )
+    }
+
+    fn not_regular(&self, attributes: &Attributes) -> Failure {
+        self.failure(rc::CANTOPEN, &format!("is {}, not a regular file. Remove it", attributes.type_name()))
+    }
+}
+
+impl Gate for LockFile {
+    fn try_acquire(&self) -> Result<bool, c_int> {
+        let _errno = ErrnoGuard::new();
+        debug_assert!(!self.held.get(), "the gate is acquired once");
+        match self.acquire() {
+            Ok(true) => Ok(self.granted()),
+            Ok(false) => Ok(self.refused()),
+            Err(failure) => self.failed(&failure),
+        }
+    }
+
+    fn await_acquire(&self) -> Result<bool, c_int> {
+        let start = Instant::now();
+        while !self.try_acquire()? {
+            if start.elapsed() >= CHECKPOINT_WAIT {
+                return Ok(false);
+            }
+            std::thread::sleep(CHECKPOINT_POLL);
+        }
+        Ok(true)
+    }
+
+    fn release(&self) {
+        if !self.held.replace(false) {
+            return;
+        }
+        let _errno = ErrnoGuard::new();
+        stats::RELEASED.increment();
+        let mut descriptor = self.descriptor.borrow_mut();
+        let Some(Descriptor { fd, .. }) = descriptor.as_ref() else {
+            return; // granted without a lock file (Fallback::Unlocked)
+        };
+        if let Err(error) = sys::flock_unlock(fd.as_fd()) {
+            self.host.log(
+                rc::WARNING,
+                &format!("kanbanlock: {} cannot be unlocked: {error}; closing it", self.path().display()),
+            );
+            // "the lock is released … when all such file descriptors have been closed", flock(2).
+            *descriptor = None;
+        }
+    }
+
+    fn is_held(&self) -> bool {
+        self.held.get()
+    }
+}
+
+impl Drop for LockFile {
+    fn drop(&mut self) {
+        // Row C1: the descriptor closes here. Count the release if xClose came with the gate held.
+        self.release();
+    }
+}
+
+/// Who holds a flock on the file `id`: the pid in `/proc/locks` (proc(5)), in this pid namespace.
+fn flock_holder(id: FileId) -> Option<u32> {
+    let locks = std::fs::read_to_string("/proc/locks").ok()?;
+    parse_flock_holder(&locks, id)
+}
+
+/// A line of `/proc/locks`: `1: FLOCK  ADVISORY  WRITE 4711 fe:00:131 0 EOF`.
+fn parse_flock_holder(locks: &str, id: FileId) -> Option<u32> {
+    let wanted = id.in_proc_locks();
+    locks.lines().find_map(|line| {
+        let mut fields = line.split_ascii_whitespace().skip(1);
+        let is_flock = fields.next() == Some("FLOCK");
+        let pid = fields.nth(2)?.parse().ok()?;
+        let file = fields.next()?;
+        (is_flock && file == wanted).then_some(pid)
+    })
+}
+
+/// `<path><suffix>`
+pub fn with_suffix(path: &CStr, suffix: &str) -> CString {
+    let mut bytes = path.to_bytes().to_vec();
+    bytes.extend_from_slice(suffix.as_bytes());
+    // A CStr has no NUL byte inside, and no suffix of ours has one.
+    CString::new(bytes).unwrap_or_default()
+}
+
+fn as_path(path: &CStr) -> &Path {
+    Path::new(OsStr::from_bytes(path.to_bytes()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_holder_is_the_flock_on_exactly_this_file() {
+        let id = FileId::new(libc::makedev(0xfe, 0), 131);
+        let locks = "1: POSIX  ADVISORY  WRITE 11 fe:00:131 0 EOF\n\
+                     2: FLOCK  ADVISORY  WRITE 12 fe:00:132 0 EOF\n\
+                     2: -> FLOCK  ADVISORY  WRITE 14 fe:00:131 0 EOF\n\
+                     3: FLOCK  ADVISORY  WRITE 13 fe:00:131 0 EOF\n";
+        assert_eq!(parse_flock_holder(locks, id), Some(13));
+        assert_eq!(parse_flock_holder("", id), None);
+        assert_eq!(parse_flock_holder("nonsense\n1: FLOCK\n", id), None);
+    }
+}

@@ -1,0 +1,209 @@
+//! Options: of a registration, and of one database file.
+//!
+//! A file's options are the registration's defaults, overridden by the parameters of its URI. Every
+//! `kanbanlock_…` parameter must be known and its value valid: a misspelt safety option that is ignored is
+//! worse than a database that does not open.
+//!
+//! Uses: `state` and `gate` (the option types live with the code that obeys them).
+
+use std::ffi::CStr;
+
+use crate::gate::Fallback;
+use crate::state::CheckpointPolicy;
+
+/// The options of one database file.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct FileOptions {
+    /// `kanbanlock_checkpoint`
+    pub checkpoint: CheckpointPolicy,
+    /// `kanbanlock_fallback`
+    pub fallback: Fallback,
+}
+
+/// What every URI parameter of ours starts with.
+pub const PREFIX: &str = "kanbanlock_";
+const CHECKPOINT: &CStr = c"kanbanlock_checkpoint";
+const FALLBACK: &CStr = c"kanbanlock_fallback";
+/// All of them.
+pub const PARAMETERS: [&CStr; 2] = [CHECKPOINT, FALLBACK];
+
+impl FileOptions {
+    /// These options, overridden by URI parameters. Parameters without our prefix are others' business.
+    ///
+    /// # Errors
+    ///
+    /// The text names the unknown parameter or value, and the valid ones.
+    pub fn overridden_by(mut self, parameters: &[(String, String)]) -> Result<FileOptions, String> {
+        for (key, value) in parameters {
+            match key.strip_prefix(PREFIX) {
+                None => {}
+                Some("checkpoint") => self.checkpoint = parse_checkpoint(value)?,
+                Some("fallback") => self.fallback = parse_fallback(value)?,
+                Some(_) => {
+                    let known = PARAMETERS.map(CStr::to_string_lossy).join(", ");
+                    return Err(format!("unknown URI parameter {key:?}; the known ones are {known}"));
+                }
+            }
+        }
+        Ok(self)
+    }
+}
+
+fn parse_checkpoint(value: &str) -> Result<CheckpointPolicy, String> {
+    match value {
+        "free" => Ok(CheckpointPolicy::Free),
+        "gate" => Ok(CheckpointPolicy::Gate),
+        _ => Err(invalid(CHECKPOINT, value, "free, gate")),
+    }
+}
+
+fn parse_fallback(value: &str) -> Result<Fallback, String> {
+    match value {
+        "refuse" => Ok(Fallback::Refuse),
+        "unlocked" => Ok(Fallback::Unlocked),
+        _ => Err(invalid(FALLBACK, value, "refuse, unlocked")),
+    }
+}
+
+fn invalid(key: &CStr, value: &str, valid: &str) -> String {
+    format!("invalid value {value:?} of URI parameter {}; the valid ones are {valid}", key.to_string_lossy())
+}
+
+impl CheckpointPolicy {
+    /// As in the URI.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            CheckpointPolicy::Free => "free",
+            CheckpointPolicy::Gate => "gate",
+        }
+    }
+}
+
+impl Fallback {
+    /// As in the URI.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Fallback::Refuse => "refuse",
+            Fallback::Unlocked => "unlocked",
+        }
+    }
+}
+
+/// How to register the VFS; see [`Options::register`](crate::Options::register).
+///
+/// ```
+/// # use rusqlite as _; // links SQLite
+/// use kanbanlock::{CheckpointPolicy, Options};
+///
+/// Options::new()
+///     .name("kanbanlock-gated")
+///     .real_vfs("unix")
+///     .checkpoint(CheckpointPolicy::Gate)
+///     .register()?;
+/// # Ok::<(), kanbanlock::RegisterError>(())
+/// ```
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Options {
+    pub(crate) name: String,
+    pub(crate) real_vfs: Option<String>,
+    pub(crate) make_default: bool,
+    pub(crate) file: FileOptions,
+}
+
+impl Default for Options {
+    fn default() -> Options {
+        Options {
+            name: crate::VFS_NAME.to_owned(),
+            real_vfs: None,
+            make_default: false,
+            file: FileOptions::default(),
+        }
+    }
+}
+
+impl Options {
+    /// The VFS `kanbanlock`, wrapping SQLite's default VFS, not made the default.
+    pub fn new() -> Options {
+        Options::default()
+    }
+
+    /// The name to register, for `?vfs=NAME`. Default: [`VFS_NAME`](crate::VFS_NAME).
+    #[must_use]
+    pub fn name(mut self, name: impl Into<String>) -> Options {
+        self.name = name.into();
+        self
+    }
+
+    /// The VFS to wrap, by name. Default: the default VFS at the time of registration.
+    #[must_use]
+    pub fn real_vfs(mut self, name: impl Into<String>) -> Options {
+        self.real_vfs = Some(name.into());
+        self
+    }
+
+    /// Makes it the default VFS: connections opened by plain path go through kanbanlock too.
+    #[must_use]
+    pub fn make_default(mut self, make_default: bool) -> Options {
+        self.make_default = make_default;
+        self
+    }
+
+    /// When a checkpoint takes the gate, where the URI does not say.
+    #[must_use]
+    pub fn checkpoint(mut self, policy: CheckpointPolicy) -> Options {
+        self.file.checkpoint = policy;
+        self
+    }
+
+    /// What to do without a usable lock file, where the URI does not say.
+    #[must_use]
+    pub fn fallback(mut self, fallback: Fallback) -> Options {
+        self.file.fallback = fallback;
+        self
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(parameters: &[(&str, &str)]) -> Result<FileOptions, String> {
+        let owned: Vec<_> = parameters.iter().map(|(k, v)| (k.to_string(), v.to_string())).collect();
+        FileOptions::default().overridden_by(&owned)
+    }
+
+    #[test]
+    fn known_parameters_override_and_strangers_pass() {
+        assert_eq!(
+            parse(&[("mode", "rw"), ("vfs", "kanbanlock"), ("kanban", "x")]),
+            Ok(FileOptions::default())
+        );
+        assert_eq!(
+            parse(&[("kanbanlock_checkpoint", "gate"), ("kanbanlock_fallback", "unlocked")]),
+            Ok(FileOptions { checkpoint: CheckpointPolicy::Gate, fallback: Fallback::Unlocked })
+        );
+    }
+
+    #[test]
+    fn each_valid_value_round_trips() {
+        for policy in [CheckpointPolicy::Free, CheckpointPolicy::Gate] {
+            assert_eq!(parse_checkpoint(policy.as_str()), Ok(policy));
+        }
+        for fallback in [Fallback::Refuse, Fallback::Unlocked] {
+            assert_eq!(parse_fallback(fallback.as_str()), Ok(fallback));
+        }
+    }
+
+    #[test]
+    fn errors_name_the_culprit_and_the_valid_ones() {
+        let error = parse(&[("kanbanlock_chekpoint", "gate")]).unwrap_err();
+        assert!(
+            error.contains("kanbanlock_chekpoint") && error.contains("kanbanlock_checkpoint,"),
+            "{error}"
+        );
+        let error = parse(&[("kanbanlock_checkpoint", "sometimes")]).unwrap_err();
+        assert!(error.contains("sometimes") && error.contains("free, gate"), "{error}");
+        let error = parse(&[("kanbanlock_fallback", "")]).unwrap_err();
+        assert!(error.contains("refuse, unlocked"), "{error}");
+    }
+}

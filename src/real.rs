@@ -1,0 +1,177 @@
+//! The real VFS and its open files: what the shim wraps, as handles that forward one call each.
+//!
+//! Architecture invariant: nothing is decided here. A handle is a copy of a pointer; it forwards the arguments
+//! that it got and returns the result code that came back. No Rust reference to the file's memory exists
+//! while the real VFS runs: the handles hold raw pointers, and read a method pointer out before calling it.
+//!
+//! Uses: `lock`, `ffi`, `error`.
+
+use std::ffi::{CStr, c_char, c_int, c_void};
+use std::ptr::NonNull;
+
+use crate::error::rc;
+use crate::ffi;
+use crate::lock::{LockLevel, RealLocks};
+
+/// The VFS that the shim wraps.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RealVfs(NonNull<ffi::sqlite3_vfs>);
+
+impl RealVfs {
+    /// # Safety
+    ///
+    /// `vfs` is registered with its copy of SQLite, and stays valid until the process ends. (SQLite's own
+    /// VFSes are static; `sqlite3_vfs_unregister` of a wrapped VFS is the one way to break this.)
+    pub unsafe fn new(vfs: NonNull<ffi::sqlite3_vfs>) -> RealVfs {
+        RealVfs(vfs)
+    }
+
+    /// The pointer that every forwarded method must get as its first argument.
+    pub fn as_ptr(self) -> *mut ffi::sqlite3_vfs {
+        self.0.as_ptr()
+    }
+
+    /// A copy of the structure: the methods, the sizes and the version.
+    pub fn methods(self) -> ffi::sqlite3_vfs {
+        // SAFETY: RealVfs::new: the pointer is valid; the structure is Copy, and what SQLite changes in it
+        // (pNext, under its own mutex) is not used.
+        unsafe { self.0.as_ptr().read() }
+    }
+
+    /// Its name, as registered.
+    pub fn name(self) -> String {
+        let name = self.methods().zName;
+        if name.is_null() {
+            return String::from("?");
+        }
+        // SAFETY: not null, and a registered VFS's zName is a NUL-terminated string that lives as long as it.
+        let name = unsafe { CStr::from_ptr(name) };
+        name.to_string_lossy().into_owned()
+    }
+
+    /// `xOpen`
+    ///
+    /// # Safety
+    ///
+    /// The arguments are those of an xOpen call that SQLite made, and `file` has at least the real VFS's
+    /// `szOsFile` bytes.
+    pub unsafe fn x_open(
+        self,
+        name: *const c_char,
+        file: *mut ffi::sqlite3_file,
+        flags: c_int,
+        out_flags: *mut c_int,
+    ) -> c_int {
+        let Some(x_open) = self.methods().xOpen else { return rc::CANTOPEN };
+        // SAFETY: the method of the real VFS, called with the real VFS, and the caller vouches for the rest.
+        unsafe { x_open(self.as_ptr(), name, file, flags, out_flags) }
+    }
+}
+
+/// An open file of the real VFS, in the memory behind a [`ShimFile`](crate::file::ShimFile).
+#[derive(Clone, Copy, Debug)]
+pub struct RealFile(NonNull<ffi::sqlite3_file>);
+
+impl RealFile {
+    /// # Safety
+    ///
+    /// `file` was opened by the real VFS, and stays open and in place as long as the handle is used. SQLite
+    /// serialises the calls on one file, so no other thread is inside one of its methods.
+    pub unsafe fn new(file: NonNull<ffi::sqlite3_file>) -> RealFile {
+        RealFile(file)
+    }
+
+    /// The pointer that every forwarded method must get as its first argument.
+    pub fn as_ptr(self) -> *mut ffi::sqlite3_file {
+        self.0.as_ptr()
+    }
+
+    /// True if the real VFS left methods behind: then xClose must be called even after a failed xOpen
+    /// ("…xClose will be called even if xOpen fails", <https://www.sqlite.org/c3ref/vfs.html>).
+    pub fn has_methods(self) -> bool {
+        !self.methods_ptr().is_null()
+    }
+
+    /// The highest interface version (1, 2 or 3) whose methods are all there.
+    ///
+    /// A real file may advertise a version and leave methods of it NULL (os_unix does so for xShmMap of
+    /// `unix-none`; sqlite-vfs for xFetch): a method that is not there cannot be forwarded to, so the shim
+    /// must not advertise it.
+    pub fn version(self) -> c_int {
+        let methods = self.methods();
+        let has_shm = methods.xShmMap.is_some()
+            && methods.xShmLock.is_some()
+            && methods.xShmBarrier.is_some()
+            && methods.xShmUnmap.is_some();
+        let has_fetch = methods.xFetch.is_some() && methods.xUnfetch.is_some();
+        match methods.iVersion {
+            3.. if has_shm && has_fetch => 3,
+            2.. if has_shm => 2,
+            _ => 1,
+        }
+    }
+
+    fn methods_ptr(self) -> *const ffi::sqlite3_io_methods {
+        // SAFETY: RealFile::new: the file is in place, and pMethods is its first field, always readable.
+        unsafe { (*self.0.as_ptr()).pMethods }
+    }
+
+    /// A copy of the method table.
+    pub fn methods(self) -> ffi::sqlite3_io_methods {
+        // SAFETY: the file is open, so pMethods points to a table; "VFS implementations … static const".
+        unsafe { self.methods_ptr().read() }
+    }
+
+    /// `xClose`
+    pub fn x_close(self) -> c_int {
+        let Some(x_close) = self.methods().xClose else { return rc::IOERR_CLOSE };
+        // SAFETY: the real file's own method, called with the real file, which is open (RealFile::new).
+        unsafe { x_close(self.as_ptr()) }
+    }
+
+    /// `xFileControl`
+    ///
+    /// # Safety
+    ///
+    /// `arg` is what the opcode `op` calls for. <https://www.sqlite.org/c3ref/c_fcntl_begin_atomic_write.html>
+    pub unsafe fn x_file_control(self, op: c_int, arg: *mut c_void) -> c_int {
+        let Some(x_file_control) = self.methods().xFileControl else { return rc::NOTFOUND };
+        // SAFETY: the real file's own method, called with the real file; the caller vouches for `arg`.
+        unsafe { x_file_control(self.as_ptr(), op, arg) }
+    }
+}
+
+impl RealLocks for RealFile {
+    fn x_lock(&self, level: c_int) -> c_int {
+        let Some(x_lock) = self.methods().xLock else { return rc::IOERR_LOCK };
+        // SAFETY: the real file's own method, called with the real file, which is open (RealFile::new).
+        unsafe { x_lock(self.as_ptr(), level) }
+    }
+
+    fn x_unlock(&self, level: c_int) -> c_int {
+        let Some(x_unlock) = self.methods().xUnlock else { return rc::IOERR_UNLOCK };
+        // SAFETY: the real file's own method, called with the real file, which is open (RealFile::new).
+        unsafe { x_unlock(self.as_ptr(), level) }
+    }
+
+    fn x_shm_lock(&self, offset: c_int, count: c_int, flags: c_int) -> c_int {
+        let Some(x_shm_lock) = self.methods().xShmLock else { return rc::IOERR_SHMLOCK };
+        // SAFETY: the real file's own method, called with the real file, which is open (RealFile::new).
+        unsafe { x_shm_lock(self.as_ptr(), offset, count, flags) }
+    }
+
+    fn x_shm_unmap(&self, delete: c_int) -> c_int {
+        let Some(x_shm_unmap) = self.methods().xShmUnmap else { return rc::OK };
+        // SAFETY: the real file's own method, called with the real file, which is open (RealFile::new).
+        unsafe { x_shm_unmap(self.as_ptr(), delete) }
+    }
+
+    fn lock_state(&self) -> Option<LockLevel> {
+        let mut level: c_int = -1;
+        let arg: *mut c_int = &raw mut level;
+        // SAFETY: SQLITE_FCNTL_LOCKSTATE: "causes the xFileControl method to write the current state of the
+        // lock … into an integer that the pArg argument points to": `level` is that integer.
+        let rc = unsafe { self.x_file_control(ffi::SQLITE_FCNTL_LOCKSTATE, arg.cast()) };
+        if rc == rc::OK { LockLevel::from_raw(level) } else { None }
+    }
+}

@@ -1,0 +1,126 @@
+//! Registration: once for each name and copy of SQLite in the process.
+//!
+//! ## Invariants
+//! - Keyed by SQLite copy *and* name: one shared library loaded into two copies must not splice their lists of
+//!   VFSes.
+//! - What is registered is leaked, and never unregistered: a connection may outlive whoever registered.
+//! - Registering again with equal options changes nothing, except that it repairs what `sqlite3_shutdown` and
+//!   initialize undo ("unix" is then the default again).
+//!
+//! Uses: `vfs`, `shim`, `host`, `real`, `options`, `error`.
+
+use std::ffi::CString;
+use std::ptr::NonNull;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use once_cell::sync::OnceCell;
+
+use crate::error::{RegisterError, rc};
+use crate::ffi;
+use crate::host::{Host, HostApi};
+use crate::options::Options;
+use crate::real::RealVfs;
+use crate::shim::Shim;
+use crate::vfs;
+
+/// The oldest SQLite whose interface the shim relies on.
+const OLDEST: std::ffi::c_int = 3_014_000;
+
+struct Registered {
+    shim: &'static Shim,
+    vfs: NonNull<ffi::sqlite3_vfs>,
+}
+
+// SAFETY: a Shim is never written after it is made, what it points to is valid until the process ends, and
+// SQLite itself calls it from every thread; `vfs` is only handed to SQLite, which guards its list by a mutex.
+unsafe impl Send for Registered {}
+
+fn registry() -> MutexGuard<'static, Vec<Registered>> {
+    static REGISTRY: OnceCell<Mutex<Vec<Registered>>> = OnceCell::new();
+    // The list is only ever pushed to, so it is whole even if a thread panicked while it held the mutex.
+    REGISTRY.get_or_init(Mutex::default).lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// # Safety
+///
+/// As for [`Host::new`].
+pub unsafe fn register_with(api: HostApi, options: &Options) -> Result<(), RegisterError> {
+    // SAFETY: as the caller says.
+    let host = unsafe { Host::new(api) };
+    let name = CString::new(options.name.as_str()).ok().filter(|name| !name.is_empty());
+    let Some(name) = name else { return Err(RegisterError::InvalidName { name: options.name.clone() }) };
+    if !host.is_threadsafe() {
+        return Err(RegisterError::SingleThreaded);
+    }
+    if host.version() < OLDEST {
+        return Err(RegisterError::TooOld { version: host.version() });
+    }
+
+    let mut registry = registry();
+    let same_name = registry.iter().find(|one| one.shim.host.is_same_copy(&host) && one.shim.name == name);
+    if let Some(registered) = same_name {
+        if registered.shim.options != *options {
+            return Err(RegisterError::OptionsDiffer { name: options.name.clone() });
+        }
+        return publish(registered);
+    }
+    if !host.vfs_find(Some(&name)).is_null() {
+        return Err(RegisterError::NameTaken { name: options.name.clone() });
+    }
+
+    let real = find_real(&host, options, &registry)?;
+    let shim: &'static Shim = Box::leak(Box::new(Shim { host, real, name, options: options.clone() }));
+    let Some(structure) = vfs::structure(shim) else {
+        return Err(RegisterError::RealVfsNotFound { name: options.real_vfs.clone() });
+    };
+    let registered = Registered { shim, vfs: NonNull::from(Box::leak(Box::new(structure))) };
+    publish(&registered)?;
+    let is_first_of_copy = !registry.iter().any(|one| one.shim.host.is_same_copy(&host));
+    registry.push(registered);
+    drop(registry);
+    if is_first_of_copy && host.has_wal_reset_race() {
+        warn_of_wal_reset_race(&host);
+    }
+    Ok(())
+}
+
+fn publish(registered: &Registered) -> Result<(), RegisterError> {
+    let Registered { shim, vfs } = registered;
+    // SAFETY: a complete VFS (vfs::structure), leaked, and registered with its own copy of SQLite only.
+    let code = unsafe { shim.host.vfs_register(vfs.as_ptr(), shim.options.make_default) };
+    if code == rc::OK { Ok(()) } else { Err(RegisterError::Sqlite { code }) }
+}
+
+/// The VFS to wrap: the one that is asked for, or the default; if that is one of ours, what *it* wraps.
+fn find_real(host: &Host, options: &Options, registry: &[Registered]) -> Result<RealVfs, RegisterError> {
+    let name = options.real_vfs.as_deref();
+    let not_found = || RegisterError::RealVfsNotFound { name: name.map(str::to_owned) };
+    let c_name = name.map(CString::new).transpose().map_err(|_| not_found())?;
+    let found = NonNull::new(host.vfs_find(c_name.as_deref())).ok_or_else(not_found)?;
+    let real = match (registry.iter().find(|one| one.vfs == found), name) {
+        (Some(_), Some(name)) => return Err(RegisterError::RealVfsIsKanbanlock { name: name.to_owned() }),
+        (Some(ours), None) => ours.shim.real,
+        // SAFETY: sqlite3_vfs_find returns a registered VFS; that it stays so is the caller's part.
+        (None, _) => unsafe { RealVfs::new(found) },
+    };
+    match real.name() {
+        // DOTLOCK_SUFFIX in os_unix.c: a directory at "<db>.lock".
+        name if name == "unix-dotfile" => Err(RegisterError::RealVfsUsesLockFile { name }),
+        _ => Ok(real),
+    }
+}
+
+fn warn_of_wal_reset_race(host: &Host) {
+    let version = host.version();
+    host.log(
+        rc::WARNING,
+        &format!(
+            "kanbanlock: SQLite {}.{}.{} has the WAL-reset race (https://www.sqlite.org/wal.html#walresetbug), \
+             which can corrupt a database in WAL mode. Writes through kanbanlock are protected; those of \
+             processes without it are not. Upgrade to SQLite 3.51.3 or later",
+            version / 1_000_000,
+            version / 1000 % 1000,
+            version % 1000,
+        ),
+    );
+}

@@ -1,0 +1,347 @@
+//! The state machine: which SQLite locks one open database file holds, and so whether it must hold the gate.
+//!
+//! The *gate* is the `flock(LOCK_EX)` on `<db>.lock`. It is held **exactly while there is a reason to hold
+//! it**, and the reasons are a function of the state, so there is no "gate held" bit that a forgotten path
+//! could leave wrong ([`State::wants_gate`]):
+//!
+//! ```text
+//! reason 1   level >= RESERVED                          (unless the gate is lent, row L7w)
+//! reason 2   WRITE, asked for while this file held a READ slot or CKPT: a write transaction, a checkpoint
+//! reason 3   CKPT, when the checkpoint policy is `gate`
+//! ```
+//!
+//! WRITE asked for with neither READ nor CKPT is a *reader* that rebuilds the wal-index
+//! (`walIndexReadHdr` in wal.c); it is not gated, nor is RECOVER: a plain SELECT must not wait for a writer.
+//!
+//! The machine is pure. A call of SQLite's is handled in two steps, with the real VFS's answer in between:
+//! `ask_*` says what must happen before the call is forwarded, `*_done` gives the state after it. Every
+//! `*_done` also names the row of the table that it followed; tests hold each row against a second copy of
+//! the table (`tests/transitions.rs`).
+//!
+//! | row | before | call | gate | real result | after |
+//! |---|---|---|---|---|---|
+//! | L1 | NONE | xLock SHARED | – | any | gate unchanged |
+//! | L2 | SHARED | xLock RESERVED | try; refused → BUSY, real not called | OK | RESERVED, held |
+//! | L3 | SHARED | xLock RESERVED | taken | not OK | SHARED, release, forward rc |
+//! | L4 | SHARED | xLock EXCLUSIVE | try; refused → BUSY, real not called | OK | EXCLUSIVE, held |
+//! | L5 | SHARED | xLock EXCLUSIVE | taken | not OK | SHARED, release |
+//! | L6 | RESERVED, PENDING | xLock EXCLUSIVE | already | OK | EXCLUSIVE |
+//! | L7 | RESERVED, PENDING | xLock EXCLUSIVE | already | not OK | as before, stay held |
+//! | L7w | RESERVED, PENDING; `-shm` exists | xLock EXCLUSIVE | already | BUSY | lend: release; retake before the next xLock EXCLUSIVE, refused → BUSY |
+//! | L8 | ≥ requested | xLock same or lower | – | any | no change |
+//! | L9 | any | xUnlock SHARED | – | OK | at most SHARED; release unless a shm reason remains |
+//! | L10 | any | xUnlock NONE | – | OK | NONE; release unless a shm reason remains |
+//! | L11 | any | xUnlock | – | not OK | the level that `SQLITE_FCNTL_LOCKSTATE` gives; unknown → as before, stay held |
+//! | S1 | any | shm LOCK·SHARED | – | any | `shared` grows if OK |
+//! | S2 | free | shm LOCK·EXCL with WRITE, own READ or CKPT held | try; refused → BUSY, real not called | OK | held |
+//! | S3 | free | same | taken | not OK | release |
+//! | S4 | held | same | already | any | stay held |
+//! | S5 | any | shm LOCK·EXCL, anything else | – | any | `excl` grows if OK |
+//! | S6 | any | shm UNLOCK | – | OK | cleared; release if no reason is left (not OK: as before) |
+//! | S7 | any | xShmUnmap | – | any | `excl`, `shared` empty; release if level < RESERVED |
+//! | K1 | free | shm LOCK·EXCL of CKPT alone, policy `gate` | await, bounded; refused → BUSY, real not called | OK | held |
+//! | K2 | free | same | taken | not OK | release |
+//! | G1 | WRITE, no CKPT | shm LOCK·EXCL of READ(1)…READ(4) | real CKPT first; refused → BUSY, not forwarded | – | as before |
+//! | G2 | same | same | CKPT won | not OK | give CKPT back |
+//! | G3 | same | same | CKPT won | OK | `excl` grows, guarded |
+//! | G4 | guarded | shm UNLOCK of READ(1)…READ(4) | – | OK | cleared, give CKPT back |
+//! | P1 | poisoned | an upgrade that needs the gate, or a reset | – | not called | as before; SQLITE_IOERR_LOCK |
+//! | X1 | any | arguments outside the protocol | – | any | as before |
+//!
+//! C1 (xClose: the real file first, then the lock file) is `file.rs`'s, since the state dies with it.
+//!
+//! Uses: `lock`.
+
+use crate::lock::{LockLevel, ShmRequest, ShmSlots};
+
+/// When a checkpoint takes the gate. URI parameter `kanbanlock_checkpoint`.
+///
+/// In WAL mode a checkpoint copies finished transactions into the database file and excludes other
+/// checkpoints by SQLite's own CKPT lock, so it needs no gate to be correct. (A checkpoint of mode FULL,
+/// RESTART or TRUNCATE also takes WRITE, and with it the gate, whatever the policy.)
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum CheckpointPolicy {
+    /// `free` (default): passive checkpoints do not take the gate and run beside writers.
+    #[default]
+    Free,
+    /// `gate`: every checkpoint takes the gate, after a bounded wait. Keeps a saturated WAL small, at
+    /// the price of write throughput; while an outside `flock <db>.lock` is held nothing is copied into
+    /// the database file either.
+    Gate,
+}
+
+/// What the driver must do before it forwards a call.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ask {
+    /// Forward at once.
+    Forward,
+    /// Take the gate first (LOCK_NB). Refused: answer SQLITE_BUSY, do not forward.
+    TakeGate,
+    /// Take the gate first, waiting a bounded time: this file holds no lock that others wait for.
+    AwaitGate,
+    /// The reset guard: win CKPT on the real file first. Refused: answer SQLITE_BUSY, do not forward.
+    GuardReset,
+    /// Poisoned: answer SQLITE_IOERR_LOCK, do not forward.
+    Refuse,
+}
+
+/// The real VFS's answer, as far as the machine cares.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Reply {
+    /// SQLITE_OK
+    Ok,
+    /// SQLITE_BUSY, in any extended form.
+    Busy,
+    /// Any other result code.
+    Error,
+}
+
+/// A row of the table above.
+#[allow(missing_docs)] // the table is the documentation
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Row {
+    L1,
+    L2,
+    L3,
+    L4,
+    L5,
+    L6,
+    L7,
+    L7w,
+    L8,
+    L9,
+    L10,
+    L11,
+    S1,
+    S2,
+    S3,
+    S4,
+    S5,
+    S6,
+    S7,
+    K1,
+    K2,
+    G2,
+    G3,
+    G4,
+    X1,
+}
+
+/// The locks of one open database file.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub struct State {
+    policy: CheckpointPolicy,
+    level: LockLevel,
+    excl: ShmSlots,
+    shared: ShmSlots,
+    /// The part of `excl` that is a reason to hold the gate (reasons 2 and 3).
+    gated: ShmSlots,
+    /// Row L7w: level is RESERVED or PENDING, but the gate is lent until the next xLock EXCLUSIVE.
+    lent: bool,
+    /// Rows G1–G4: the reset guard holds CKPT on the real file, unknown to SQLite.
+    guarded: bool,
+    /// Row P1: a callback panicked; what this state says may be wrong, so nothing new is granted.
+    poisoned: bool,
+}
+
+impl State {
+    /// A file just opened.
+    pub fn new(policy: CheckpointPolicy) -> State {
+        State { policy, ..State::default() }
+    }
+
+    /// True while there is a reason to hold the gate. The driver makes it so after each call.
+    pub fn wants_gate(&self) -> bool {
+        (self.level >= LockLevel::Reserved && !self.lent) || !self.gated.is_empty()
+    }
+
+    /// The level that SQLite holds through this file.
+    pub fn level(&self) -> LockLevel {
+        self.level
+    }
+
+    /// True while the reset guard holds CKPT on the real file (rows G3, G4).
+    #[cfg(test)]
+    pub fn is_guarded(&self) -> bool {
+        self.guarded
+    }
+
+    /// True after [`State::poison`].
+    pub fn is_poisoned(&self) -> bool {
+        self.poisoned
+    }
+
+    /// Row P1: from now on every call that needs the gate is refused.
+    #[must_use]
+    pub fn poison(self) -> State {
+        State { poisoned: true, ..self }
+    }
+
+    /// Before `xLock(to)`.
+    pub fn ask_lock(&self, to: LockLevel) -> Ask {
+        if self.is_upgrade(to) { self.ask_gate() } else { Ask::Forward }
+    }
+
+    /// After `xLock(to)` was forwarded. `shm_exists` is called only where row L7 must be told from L7w.
+    pub fn lock_done(self, to: LockLevel, reply: Reply, shm_exists: impl Fn() -> bool) -> (State, Row) {
+        use LockLevel::{Exclusive, None, Pending, Reserved, Shared};
+        let ok = reply == Reply::Ok;
+        let (after, row) = match (self.level, to) {
+            (before, to) if before >= to => (self, Row::L8),
+            (None, Shared) if ok => (State { level: Shared, ..self }, Row::L1),
+            (None, Shared) => (self, Row::L1),
+            (Shared, Reserved) if ok => (State { level: Reserved, ..self }, Row::L2),
+            (Shared, Reserved) => (self, Row::L3),
+            (Shared, Exclusive) if ok => (State { level: Exclusive, ..self }, Row::L4),
+            (Shared, Exclusive) => (self, Row::L5),
+            (Reserved | Pending, Exclusive) if ok => {
+                (State { level: Exclusive, lent: false, ..self }, Row::L6)
+            }
+            (Reserved | Pending, Exclusive) if reply == Reply::Busy && shm_exists() => {
+                (State { lent: true, ..self }, Row::L7w)
+            }
+            (Reserved | Pending, Exclusive) => (State { lent: false, ..self }, Row::L7),
+            _ => (self, Row::X1),
+        };
+        after.check();
+        (after, row)
+    }
+
+    /// After `xUnlock(to)` was forwarded. `lock_state` is called only after an error (row L11).
+    pub fn unlock_done(
+        self,
+        to: LockLevel,
+        reply: Reply,
+        lock_state: impl FnOnce() -> Option<LockLevel>,
+    ) -> (State, Row) {
+        let (level, row) = match (to, reply) {
+            (LockLevel::Reserved | LockLevel::Pending | LockLevel::Exclusive, _) => (self.level, Row::X1),
+            (LockLevel::Shared, Reply::Ok) => (self.level.min(to), Row::L9),
+            (LockLevel::None, Reply::Ok) => (to, Row::L10),
+            (_, Reply::Busy | Reply::Error) => (lock_state().unwrap_or(self.level), Row::L11),
+        };
+        let lent = self.lent && matches!(level, LockLevel::Reserved | LockLevel::Pending);
+        let after = State { level, lent, ..self };
+        after.check();
+        (after, row)
+    }
+
+    /// Before `xShmLock(request)`.
+    pub fn ask_shm(&self, request: ShmRequest) -> Ask {
+        let ShmRequest::LockExclusive(slots) = request else {
+            return Ask::Forward;
+        };
+        match self.gated_part(slots) {
+            ShmSlots::EMPTY if self.is_unguarded_reset(slots) && self.poisoned => Ask::Refuse,
+            ShmSlots::EMPTY if self.is_unguarded_reset(slots) => Ask::GuardReset,
+            ShmSlots::EMPTY => Ask::Forward,
+            ShmSlots::CKPT if self.ask_gate() == Ask::TakeGate => Ask::AwaitGate,
+            _ => self.ask_gate(),
+        }
+    }
+
+    /// After `xShmLock(request)` was forwarded (for [`Ask::GuardReset`]: with CKPT won).
+    pub fn shm_done(self, request: ShmRequest, reply: Reply) -> (State, Row) {
+        let ok = reply == Reply::Ok;
+        let (after, row) = match request {
+            ShmRequest::LockShared(slots) if ok => (State { shared: self.shared | slots, ..self }, Row::S1),
+            ShmRequest::LockShared(_) => (self, Row::S1),
+            ShmRequest::LockExclusive(slots) => self.lock_exclusive_done(slots, ok),
+            ShmRequest::Unlock(_) if !ok => (self, Row::S6),
+            ShmRequest::Unlock(slots) => {
+                let after = State {
+                    excl: self.excl.without(slots),
+                    shared: self.shared.without(slots),
+                    gated: self.gated.without(slots),
+                    ..self
+                };
+                if self.guarded && slots.contains(ShmSlots::READS_1_TO_4) {
+                    (State { guarded: false, ..after }, Row::G4)
+                } else {
+                    (after, Row::S6)
+                }
+            }
+        };
+        after.check();
+        (after, row)
+    }
+
+    /// After `xShmUnmap`, whatever it answered: os_unix has dropped every slot.
+    pub fn unmap_done(self) -> (State, Row) {
+        let none = ShmSlots::EMPTY;
+        let after = State { excl: none, shared: none, gated: none, guarded: false, ..self };
+        after.check();
+        (after, Row::S7)
+    }
+
+    fn lock_exclusive_done(self, slots: ShmSlots, ok: bool) -> (State, Row) {
+        let gated = self.gated_part(slots);
+        let guard = self.is_unguarded_reset(slots);
+        let row = match (gated, self.wants_gate(), ok) {
+            (ShmSlots::EMPTY, _, true) if guard => Row::G3,
+            (ShmSlots::EMPTY, _, false) if guard => Row::G2,
+            (ShmSlots::EMPTY, _, _) => Row::S5,
+            (_, true, _) => Row::S4,
+            (ShmSlots::CKPT, false, true) => Row::K1,
+            (ShmSlots::CKPT, false, false) => Row::K2,
+            (_, false, true) => Row::S2,
+            (_, false, false) => Row::S3,
+        };
+        if !ok {
+            return (self, row);
+        }
+        let after = State {
+            excl: self.excl | slots,
+            shared: self.shared.without(slots),
+            gated: self.gated | gated,
+            guarded: self.guarded || guard,
+            ..self
+        };
+        (after, row)
+    }
+
+    /// True for the three upgrades of SQLite's locking protocol that lead to a write.
+    fn is_upgrade(&self, to: LockLevel) -> bool {
+        use LockLevel::{Exclusive, Pending, Reserved, Shared};
+        matches!((self.level, to), (Shared, Reserved) | (Shared | Reserved | Pending, Exclusive))
+    }
+
+    fn ask_gate(&self) -> Ask {
+        match (self.poisoned, self.wants_gate()) {
+            (true, _) => Ask::Refuse,
+            (false, true) => Ask::Forward,
+            (false, false) => Ask::TakeGate,
+        }
+    }
+
+    /// Which of `slots`, asked for exclusively now, would be a reason to hold the gate.
+    fn gated_part(&self, slots: ShmSlots) -> ShmSlots {
+        let in_transaction = self.shared.intersects(ShmSlots::READS) || self.excl.intersects(ShmSlots::CKPT);
+        if slots.contains(ShmSlots::WRITE) && in_transaction {
+            ShmSlots::WRITE
+        } else if slots == ShmSlots::CKPT && self.policy == CheckpointPolicy::Gate {
+            ShmSlots::CKPT
+        } else {
+            ShmSlots::EMPTY
+        }
+    }
+
+    /// True if this request is `walRestartLog`'s: a writer, not a checkpointer, is about to restart the WAL.
+    fn is_unguarded_reset(&self, slots: ShmSlots) -> bool {
+        slots == ShmSlots::READS_1_TO_4
+            && self.excl.contains(ShmSlots::WRITE)
+            && !self.excl.contains(ShmSlots::CKPT)
+            && !self.guarded
+    }
+
+    /// The invariants, checked after each transition in debug builds.
+    fn check(&self) {
+        debug_assert!(self.excl.contains(self.gated), "S2, K1: a gated slot is held: {self:?}");
+        debug_assert!(!self.excl.intersects(self.shared), "S1, S5: excl and shared are disjoint: {self:?}");
+        debug_assert!(
+            !self.lent || matches!(self.level, LockLevel::Reserved | LockLevel::Pending),
+            "L7w: only RESERVED and PENDING lend the gate: {self:?}"
+        );
+    }
+}

@@ -1,0 +1,207 @@
+//! The system calls behind the lock file, as safe functions: open(2), fstat(2), lstat(2), flock(2), fchmod(2),
+//! fchown(2).
+//!
+//! Each function is one system call, retried on EINTR where the manual allows it, with the error as
+//! [`io::Error`]. What the errors mean is `gate.rs`'s business.
+//!
+//! [`ErrnoGuard`] keeps the promise of ARCHITECTURE.md ("errno"): SQLite's core asks `xGetLastError` after a
+//! failure, and must find the errno that the *real* VFS left, not one of ours.
+//!
+//! Uses: nothing.
+
+use std::ffi::{CStr, c_int};
+use std::io;
+use std::mem::MaybeUninit;
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+
+/// Restores errno, as it was when this was made, on drop.
+#[derive(Debug)]
+pub struct ErrnoGuard(c_int);
+
+impl ErrnoGuard {
+    /// Remembers errno.
+    #[must_use]
+    pub fn new() -> ErrnoGuard {
+        ErrnoGuard(io::Error::last_os_error().raw_os_error().unwrap_or(0))
+    }
+}
+
+impl Drop for ErrnoGuard {
+    fn drop(&mut self) {
+        // SAFETY: errno(3): "errno is thread-local", and __errno_location() gives this thread's own, which
+        // lives as long as the thread; it takes no argument that could be wrong.
+        let errno = unsafe { libc::__errno_location() };
+        // SAFETY: `errno` is this thread's errno (above): valid, aligned, and written by this thread only.
+        unsafe { *errno = self.0 };
+    }
+}
+
+/// What a file is: enough to tell whether two names, or a name and a descriptor, are one file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct FileId {
+    device: libc::dev_t,
+    inode: libc::ino_t,
+}
+
+impl FileId {
+    /// From device and inode numbers.
+    pub fn new(device: libc::dev_t, inode: libc::ino_t) -> FileId {
+        FileId { device, inode }
+    }
+
+    /// As `/proc/locks` writes it: `MAJOR:MINOR:INODE`, the device in hexadecimal. proc(5)
+    pub fn in_proc_locks(&self) -> String {
+        let (major, minor) = (libc::major(self.device), libc::minor(self.device));
+        format!("{major:02x}:{minor:02x}:{}", self.inode)
+    }
+}
+
+/// The attributes that the lock file's rules ask about.
+#[derive(Clone, Copy, Debug)]
+pub struct Attributes {
+    /// Device and inode.
+    pub id: FileId,
+    /// `st_mode`: type and permissions.
+    pub mode: libc::mode_t,
+    /// Owner.
+    pub uid: libc::uid_t,
+    /// Group.
+    pub gid: libc::gid_t,
+}
+
+impl Attributes {
+    /// S_ISREG
+    pub fn is_regular(&self) -> bool {
+        self.mode & libc::S_IFMT == libc::S_IFREG
+    }
+
+    /// What a person would call this type of file.
+    pub fn type_name(&self) -> &'static str {
+        match self.mode & libc::S_IFMT {
+            libc::S_IFREG => "a regular file",
+            libc::S_IFDIR => "a directory",
+            libc::S_IFLNK => "a symbolic link",
+            libc::S_IFIFO => "a FIFO",
+            libc::S_IFSOCK => "a socket",
+            libc::S_IFCHR | libc::S_IFBLK => "a device",
+            _ => "a file of unknown type",
+        }
+    }
+}
+
+impl From<libc::stat> for Attributes {
+    fn from(stat: libc::stat) -> Attributes {
+        Attributes {
+            id: FileId::new(stat.st_dev, stat.st_ino),
+            mode: stat.st_mode,
+            uid: stat.st_uid,
+            gid: stat.st_gid,
+        }
+    }
+}
+
+/// How [`open`] treats a path with nothing there.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Create {
+    /// ENOENT
+    No,
+    /// O_CREAT|O_EXCL with this mode: a new file, or EEXIST.
+    New(libc::mode_t),
+}
+
+/// open(2) for reading and writing, with every flag that keeps a lock file from harm:
+/// O_CLOEXEC (an exec'd child must not keep the lock), O_NOFOLLOW (ELOOP on a symbolic link),
+/// O_NONBLOCK (do not hang on a FIFO or a device), O_NOCTTY; never O_TRUNC.
+pub fn open(path: &CStr, create: Create) -> io::Result<OwnedFd> {
+    let base = libc::O_RDWR | libc::O_CLOEXEC | libc::O_NOFOLLOW | libc::O_NONBLOCK | libc::O_NOCTTY;
+    let (flags, mode) = match create {
+        Create::No => (base, 0),
+        Create::New(mode) => (base | libc::O_CREAT | libc::O_EXCL, mode),
+    };
+    let fd = retry_eintr(|| {
+        // SAFETY: `path` is a NUL-terminated string that outlives the call, and with O_CREAT open(2) takes
+        // exactly one further argument, a mode, which it gets (and ignores without O_CREAT).
+        unsafe { libc::open(path.as_ptr(), flags, mode) }
+    })?;
+    // SAFETY: open(2) has just returned this descriptor, so it is open and nobody else's to close.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// fstat(2)
+pub fn fstat(fd: BorrowedFd<'_>) -> io::Result<Attributes> {
+    let mut stat = MaybeUninit::<libc::stat>::uninit();
+    // SAFETY: `fd` is borrowed, hence open, and `stat` is a writable buffer of the size that fstat fills.
+    check(unsafe { libc::fstat(fd.as_raw_fd(), stat.as_mut_ptr()) })?;
+    // SAFETY: fstat returned 0: stat(2) says the buffer is then filled.
+    Ok(Attributes::from(unsafe { stat.assume_init() }))
+}
+
+/// stat(2): follows symbolic links.
+pub fn stat(path: &CStr) -> io::Result<Attributes> {
+    let mut stat = MaybeUninit::<libc::stat>::uninit();
+    // SAFETY: `path` is a NUL-terminated string, and `stat` is a writable buffer of the size that stat fills.
+    check(unsafe { libc::stat(path.as_ptr(), stat.as_mut_ptr()) })?;
+    // SAFETY: stat returned 0: stat(2) says the buffer is then filled.
+    Ok(Attributes::from(unsafe { stat.assume_init() }))
+}
+
+/// lstat(2): "if pathname is a symbolic link, then it returns information about the link itself".
+pub fn lstat(path: &CStr) -> io::Result<Attributes> {
+    let mut stat = MaybeUninit::<libc::stat>::uninit();
+    // SAFETY: `path` is a NUL-terminated string, and `stat` is a writable buffer of the size that lstat fills.
+    check(unsafe { libc::lstat(path.as_ptr(), stat.as_mut_ptr()) })?;
+    // SAFETY: lstat returned 0: stat(2) says the buffer is then filled.
+    Ok(Attributes::from(unsafe { stat.assume_init() }))
+}
+
+/// fchmod(2)
+pub fn fchmod(fd: BorrowedFd<'_>, mode: libc::mode_t) -> io::Result<()> {
+    // SAFETY: `fd` is borrowed, hence open; any mode is a valid argument.
+    check(unsafe { libc::fchmod(fd.as_raw_fd(), mode) })
+}
+
+/// fchown(2)
+pub fn fchown(fd: BorrowedFd<'_>, uid: libc::uid_t, gid: libc::gid_t) -> io::Result<()> {
+    // SAFETY: `fd` is borrowed, hence open; any ids are valid arguments.
+    check(unsafe { libc::fchown(fd.as_raw_fd(), uid, gid) })
+}
+
+/// flock(2) with LOCK_EX|LOCK_NB: `Ok(false)` if another open file description holds the lock.
+///
+/// "LOCK_NB … EWOULDBLOCK: The file is locked and the LOCK_NB flag was selected." Locks "are associated with
+/// an open file description": two opens exclude each other even within one process.
+pub fn flock_exclusive_nb(fd: BorrowedFd<'_>) -> io::Result<bool> {
+    match flock(fd, libc::LOCK_EX | libc::LOCK_NB) {
+        Ok(()) => Ok(true),
+        Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(false),
+        Err(error) => Err(error),
+    }
+}
+
+/// flock(2) with LOCK_UN.
+pub fn flock_unlock(fd: BorrowedFd<'_>) -> io::Result<()> {
+    flock(fd, libc::LOCK_UN)
+}
+
+fn flock(fd: BorrowedFd<'_>, operation: c_int) -> io::Result<()> {
+    retry_eintr(|| {
+        // SAFETY: `fd` is borrowed, hence open; flock takes no pointer.
+        unsafe { libc::flock(fd.as_raw_fd(), operation) }
+    })
+    .map(|_| ())
+}
+
+fn check(result: c_int) -> io::Result<()> {
+    if result == -1 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+fn retry_eintr(call: impl Fn() -> c_int) -> io::Result<c_int> {
+    loop {
+        let result = call();
+        match check(result) {
+            Ok(()) => return Ok(result),
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+}
