@@ -1,0 +1,206 @@
+//! Helper processes: the test binary runs itself again, and does as it is told through a socket.
+//!
+//! A test binary that uses agents needs one test of this form, which is the agent's main function when the
+//! binary runs as one, and nothing otherwise:
+//!
+//! ```ignore
+//! #[test]
+//! fn agent_process() {
+//!     support::agent::serve_if_asked();
+//! }
+//! ```
+//!
+//! Commands and replies are JSON lines. Every command is answered, so tests wait for answers and need no sleep.
+
+use std::fs::File;
+use std::io::{BufRead, BufReader, Write};
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+
+use rusqlite::Connection;
+use serde::{Deserialize, Serialize};
+
+const ROLE: &str = "KANBANLOCK_TEST_AGENT";
+
+/// What an agent can do.
+#[derive(Debug, Serialize, Deserialize)]
+pub enum Task {
+    /// Open a database by URI (kanbanlock is registered); `busy_timeout` 0.
+    Open(String),
+    /// `execute_batch`.
+    Execute(String),
+    /// The first column of the first row, as text.
+    Query(String),
+    Close,
+    /// Try `flock(LOCK_EX|LOCK_NB)` and let go again: `true` if it was free.
+    IsFree(PathBuf),
+    /// `flock(LOCK_EX)`, and keep it.
+    Flock(PathBuf),
+    Unflock,
+}
+
+/// A reply: text, or SQLite's extended result code and message.
+pub type Reply = Result<String, (i32, String)>;
+
+/// A helper process. Killed (SIGKILL) when dropped.
+pub struct Agent {
+    process: Child,
+    requests: UnixStream,
+    replies: BufReader<UnixStream>,
+}
+
+impl Agent {
+    pub fn start() -> Agent {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let process = Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", "agent_process", "--nocapture"])
+            .env(ROLE, "1")
+            .stdin(Stdio::from(OwnedFd::from(theirs)))
+            .stdout(Stdio::null())
+            .spawn()
+            .unwrap();
+        Agent { process, replies: BufReader::new(ours.try_clone().unwrap()), requests: ours }
+    }
+
+    /// An agent with the database open through that VFS.
+    pub fn with_db(path: &Path, vfs: &str) -> Agent {
+        let mut agent = Agent::start();
+        agent.ask(&Task::Open(format!("file:{}?vfs={vfs}", path.display()))).unwrap();
+        agent
+    }
+
+    /// Sends a task without waiting for its answer.
+    pub fn send(&mut self, task: &Task) {
+        let mut line = serde_json::to_vec(task).unwrap();
+        line.push(b'\n');
+        self.requests.write_all(&line).unwrap();
+    }
+
+    /// Waits for the next answer.
+    pub fn receive(&mut self) -> Reply {
+        let mut line = String::new();
+        let length = self.replies.read_line(&mut line).unwrap();
+        assert_ne!(length, 0, "the agent died: {:?}", self.process.wait());
+        serde_json::from_str(&line).unwrap()
+    }
+
+    pub fn ask(&mut self, task: &Task) -> Reply {
+        self.send(task);
+        self.receive()
+    }
+
+    pub fn execute(&mut self, sql: &str) -> Reply {
+        self.ask(&Task::Execute(sql.to_owned()))
+    }
+
+    pub fn query(&mut self, sql: &str) -> String {
+        self.ask(&Task::Query(sql.to_owned())).unwrap()
+    }
+
+    pub fn is_free(&mut self, lock_file: &Path) -> bool {
+        self.ask(&Task::IsFree(lock_file.to_owned())).unwrap() == "true"
+    }
+
+    pub fn pid(&self) -> u32 {
+        self.process.id()
+    }
+
+    /// SIGKILL, and waits until the process is gone.
+    pub fn kill(mut self) {
+        self.process.kill().unwrap();
+        self.process.wait().unwrap();
+    }
+}
+
+impl Drop for Agent {
+    fn drop(&mut self) {
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+    }
+}
+
+/// The agent's main function, if this process is one.
+pub fn serve_if_asked() {
+    if std::env::var_os(ROLE).is_none() {
+        return;
+    }
+    kanbanlock::register().unwrap();
+    let stdin = std::io::stdin();
+    let mut replies = UnixStream::from(reply_socket());
+    let mut worker = Worker::default();
+    for line in stdin.lock().lines() {
+        let Ok(line) = line else { break };
+        let reply = worker.perform(serde_json::from_str(&line).unwrap());
+        let mut line = serde_json::to_vec(&reply).unwrap();
+        line.push(b'\n');
+        if replies.write_all(&line).is_err() {
+            break;
+        }
+    }
+    // Skip libtest's own ending: the parent has closed its end, so nobody is interested.
+    std::process::exit(0);
+}
+
+/// The socket is our standard input; it is also where the replies go.
+fn reply_socket() -> OwnedFd {
+    use std::os::fd::AsFd;
+    std::io::stdin().as_fd().try_clone_to_owned().unwrap()
+}
+
+#[derive(Default)]
+struct Worker {
+    db: Option<Connection>,
+    flock: Option<File>,
+}
+
+impl Worker {
+    fn perform(&mut self, task: Task) -> Reply {
+        let ok = || Ok(String::new());
+        match task {
+            Task::Open(uri) => {
+                let db = Connection::open(uri).map_err(failure)?;
+                db.busy_timeout(std::time::Duration::ZERO).map_err(failure)?;
+                self.db = Some(db);
+                ok()
+            }
+            Task::Execute(sql) => self.db().execute_batch(&sql).map_err(failure).and_then(|()| ok()),
+            Task::Query(sql) => self
+                .db()
+                .query_row(&sql, [], |row| row.get::<_, rusqlite::types::Value>(0))
+                .map(|value| match value {
+                    rusqlite::types::Value::Integer(integer) => integer.to_string(),
+                    rusqlite::types::Value::Text(text) => text,
+                    other => format!("{other:?}"),
+                })
+                .map_err(failure),
+            Task::Close => {
+                self.db = None;
+                ok()
+            }
+            Task::IsFree(path) => Ok((!super::is_flocked(&path)).to_string()),
+            Task::Flock(path) => {
+                let file = File::options().create(true).truncate(false).write(true).open(path).unwrap();
+                file.lock().unwrap();
+                self.flock = Some(file);
+                ok()
+            }
+            Task::Unflock => {
+                self.flock = None;
+                ok()
+            }
+        }
+    }
+
+    fn db(&self) -> &Connection {
+        self.db.as_ref().expect("Task::Open first")
+    }
+}
+
+fn failure(error: rusqlite::Error) -> (i32, String) {
+    match error {
+        rusqlite::Error::SqliteFailure(code, message) => (code.extended_code, message.unwrap_or_default()),
+        other => (-1, other.to_string()),
+    }
+}

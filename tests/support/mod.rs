@@ -1,0 +1,122 @@
+//! What the integration tests share: a database in a folder of its own, VFS stacks, helper processes.
+
+#![allow(dead_code)] // each test binary uses its own part
+
+pub mod agent;
+pub mod tap_vfs;
+
+use std::fs::{File, TryLockError};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use kanbanlock::Options;
+use rusqlite::{Connection, OpenFlags};
+use tempfile::TempDir;
+
+use tap_vfs::{Observer, Tap};
+
+/// A path for a database, in a fresh folder that goes away with this.
+pub struct TestDb {
+    dir: TempDir,
+    path: PathBuf,
+}
+
+impl TestDb {
+    /// On disk (the system's temporary folder).
+    pub fn new() -> TestDb {
+        let dir = tempfile::tempdir().unwrap();
+        // xFullPathname resolves symbolic links; resolve them here too, so that paths compare equal.
+        let path = dir.path().canonicalize().unwrap().join("kanban.db");
+        TestDb { dir, path }
+    }
+
+    pub fn dir(&self) -> &Path {
+        self.path.parent().unwrap()
+    }
+
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// `<db><suffix>`: `-wal`, `-shm`, `-journal`, `.lock`.
+    pub fn beside(&self, suffix: &str) -> PathBuf {
+        let mut name = self.path.clone().into_os_string();
+        name.push(suffix);
+        name.into()
+    }
+
+    pub fn lock_file(&self) -> PathBuf {
+        self.beside(".lock")
+    }
+
+    /// A connection through the VFS of that name, by `sqlite3_open_v2`'s zVfs.
+    pub fn open(&self, vfs: &str) -> Connection {
+        open(&self.path, vfs)
+    }
+
+    /// A connection by URI, with further parameters.
+    pub fn try_open_uri(&self, parameters: &str) -> rusqlite::Result<Connection> {
+        Connection::open(format!("file:{}?{parameters}", self.path.display()))
+    }
+}
+
+pub fn open(path: &Path, vfs: &str) -> Connection {
+    let db = Connection::open_with_flags_and_vfs(path, OpenFlags::default(), vfs).unwrap();
+    db.busy_timeout(std::time::Duration::ZERO).unwrap();
+    db
+}
+
+/// True if somebody holds the flock on this file now (asked through a descriptor of our own).
+pub fn is_flocked(path: &Path) -> bool {
+    match File::open(path).map(|file| file.try_lock()) {
+        Ok(Ok(())) => false,
+        Ok(Err(TryLockError::WouldBlock)) => true,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => false,
+        other => panic!("{}: {other:?}", path.display()),
+    }
+}
+
+/// A journal mode set, and checked: SQLite answers with the mode that it is in.
+pub fn set_journal_mode(db: &Connection, mode: &str) {
+    let now: String = db.query_row(&format!("PRAGMA journal_mode={mode}"), [], |row| row.get(0)).unwrap();
+    assert_eq!(now, mode);
+}
+
+/// The result code of a failed statement.
+pub fn code(result: rusqlite::Result<impl std::fmt::Debug>) -> std::ffi::c_int {
+    match result {
+        Err(rusqlite::Error::SqliteFailure(error, _)) => error.extended_code,
+        other => panic!("expected a failure, got {other:?}"),
+    }
+}
+
+/// kanbanlock on a tap on `unix`, both under names of their own.
+pub struct Stack {
+    /// The VFS to open through.
+    pub kanbanlock: &'static str,
+    /// The tap beneath it: the real VFS, as kanbanlock sees it.
+    pub real: &'static str,
+}
+
+impl Stack {
+    pub fn new(observer: Arc<dyn Observer>) -> Stack {
+        Stack::with(observer, Options::new(), 3)
+    }
+
+    /// `interface`: the highest version that the real VFS's files advertise.
+    pub fn with(observer: Arc<dyn Observer>, options: Options, interface: std::ffi::c_int) -> Stack {
+        let real = unique("tap");
+        Tap { interface, ..Tap::new(real, "unix", observer) }.register();
+        let kanbanlock = unique("kanbanlock");
+        options.name(kanbanlock).real_vfs(real).register().unwrap();
+        Stack { kanbanlock, real }
+    }
+}
+
+/// A VFS name that no other test of this process uses.
+pub fn unique(prefix: &str) -> &'static str {
+    static NEXT: AtomicUsize = AtomicUsize::new(0);
+    let number = NEXT.fetch_add(1, Ordering::Relaxed);
+    Box::leak(format!("{prefix}-{number}").into_boxed_str())
+}
