@@ -39,6 +39,8 @@ pub enum Task {
     /// `flock(LOCK_EX)`, and keep it.
     Flock(PathBuf),
     Unflock,
+    /// kanbanlock's lines in SQLite's log.
+    Log,
 }
 
 /// A reply: text, or SQLite's extended result code and message.
@@ -53,8 +55,30 @@ pub struct Agent {
 
 impl Agent {
     pub fn start() -> Agent {
+        Agent::run(Command::new(std::env::current_exe().unwrap()))
+    }
+
+    /// An agent that is not root (uid 65534, if this process is root).
+    pub fn unprivileged() -> Agent {
+        // SAFETY: no arguments, cannot fail.
+        if unsafe { libc::geteuid() } != 0 {
+            return Agent::start();
+        }
+        // The build folder may be closed to others: run a copy.
+        let copy = std::env::temp_dir().join(format!("{}-{}", super::unique("agent"), std::process::id()));
+        std::fs::copy(std::env::current_exe().unwrap(), &copy).unwrap();
+        std::fs::set_permissions(&copy, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+        let mut command = Command::new("setpriv");
+        command.args(["--reuid=65534", "--regid=65534", "--clear-groups"]).arg(&copy);
+        let mut agent = Agent::run(command);
+        agent.log(); // it has started, so its file can go
+        std::fs::remove_file(copy).unwrap();
+        agent
+    }
+
+    fn run(mut command: Command) -> Agent {
         let (ours, theirs) = UnixStream::pair().unwrap();
-        let process = Command::new(std::env::current_exe().unwrap())
+        let process = command
             .args(["--exact", "agent_process", "--nocapture"])
             .env(ROLE, "1")
             .stdin(Stdio::from(OwnedFd::from(theirs)))
@@ -99,6 +123,11 @@ impl Agent {
         self.ask(&Task::Query(sql.to_owned())).unwrap()
     }
 
+    /// kanbanlock's lines in the agent's SQLite log so far.
+    pub fn log(&mut self) -> String {
+        self.ask(&Task::Log).unwrap()
+    }
+
     pub fn is_free(&mut self, lock_file: &Path) -> bool {
         self.ask(&Task::IsFree(lock_file.to_owned())).unwrap() == "true"
     }
@@ -126,6 +155,7 @@ pub fn serve_if_asked() {
     if std::env::var_os(ROLE).is_none() {
         return;
     }
+    super::log::install();
     kanbanlock::register().unwrap();
     let stdin = std::io::stdin();
     let mut replies = UnixStream::from(reply_socket());
@@ -189,6 +219,10 @@ impl Worker {
             Task::Unflock => {
                 self.flock = None;
                 ok()
+            }
+            Task::Log => {
+                let lines = super::log::lines_with("");
+                Ok(lines.into_iter().map(|(code, line)| format!("({code}) {line}\n")).collect())
             }
         }
     }

@@ -3,6 +3,7 @@
 #![allow(dead_code)] // each test binary uses its own part
 
 pub mod agent;
+pub mod log;
 pub mod tap_vfs;
 
 use std::fs::{File, TryLockError};

@@ -1,0 +1,345 @@
+//! DESIGN.md §9: what can stand at `<db>.lock`, and what becomes of a write then.
+//!
+//! Each odd case has its own result code and its own line in SQLite's log, saying what to do; nothing is written
+//! (fail closed); readers do not notice; and once the cause is gone the same connection writes again.
+
+mod support;
+
+use std::fs::{self, File, Permissions};
+use std::io::Read;
+use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
+use std::path::Path;
+use std::process::Command;
+
+use rusqlite::{Connection, ffi};
+use support::agent::{Agent, Task};
+use support::{TestDb, code, log, set_journal_mode};
+
+#[test]
+fn agent_process() {
+    support::agent::serve_if_asked();
+}
+
+/// A database with one table, made without kanbanlock: no lock file yet.
+fn database() -> TestDb {
+    log::install();
+    kanbanlock::register().unwrap();
+    let db = TestDb::new();
+    Connection::open(db.path()).unwrap().execute_batch("CREATE TABLE task (title TEXT)").unwrap();
+    db
+}
+
+fn write(db: &Connection) -> rusqlite::Result<()> {
+    db.execute_batch("INSERT INTO task VALUES ('x')")
+}
+
+fn count(db: &Connection) -> i64 {
+    db.query_row("SELECT count(*) FROM task", [], |row| row.get(0)).unwrap()
+}
+
+/// `obstruct` puts something at the lock file's path, `clear` removes it.
+fn assert_refused(expected: i32, expected_text: &str, obstruct: impl Fn(&Path), clear: impl Fn(&Path)) {
+    for journal_mode in ["delete", "wal"] {
+        let db = database();
+        set_journal_mode(&Connection::open(db.path()).unwrap(), journal_mode);
+        obstruct(&db.lock_file());
+        let connection = db.open("kanbanlock");
+        assert_eq!(count(&connection), 0, "readers do not notice");
+        assert_eq!(code(write(&connection)), expected, "{journal_mode}");
+        let lines = log::lines_about(&db.lock_file());
+        let says_why =
+            |(line_code, line): &(i32, String)| *line_code == expected && line.contains(expected_text);
+        assert!(lines.iter().any(says_why), "{journal_mode}: {expected_text:?} not in {lines:?}");
+        assert_eq!(count(&connection), 0, "nothing was written");
+
+        clear(&db.lock_file());
+        write(&connection).unwrap_or_else(|error| panic!("{journal_mode}, cause gone: {error}"));
+        assert_eq!(count(&connection), 1);
+    }
+}
+
+fn remove_file(path: &Path) {
+    fs::remove_file(path).unwrap();
+}
+
+#[test]
+fn a_symbolic_link_is_not_followed() {
+    assert_refused(
+        ffi::SQLITE_CANTOPEN_SYMLINK,
+        "is a symbolic link to /dev/null",
+        |lock| symlink("/dev/null", lock).unwrap(),
+        remove_file,
+    );
+}
+
+#[test]
+fn a_dangling_symbolic_link_is_not_created_through() {
+    assert_refused(
+        ffi::SQLITE_CANTOPEN_SYMLINK,
+        "is a dangling symbolic link to nowhere",
+        |lock| symlink("nowhere", lock).unwrap(),
+        |lock| {
+            assert!(!lock.parent().unwrap().join("nowhere").exists());
+            remove_file(lock);
+        },
+    );
+}
+
+#[test]
+fn a_fifo_does_not_hang() {
+    assert_refused(
+        ffi::SQLITE_CANTOPEN,
+        "is a FIFO, not a regular file",
+        |lock| assert!(Command::new("mkfifo").arg(lock).status().unwrap().success()),
+        remove_file,
+    );
+}
+
+#[test]
+fn a_socket_is_refused() {
+    assert_refused(
+        ffi::SQLITE_CANTOPEN,
+        "is a socket, not a regular file",
+        |lock| drop(std::os::unix::net::UnixListener::bind(lock).unwrap()),
+        remove_file,
+    );
+}
+
+#[test]
+fn a_directory_is_another_tools_lock() {
+    assert_refused(
+        ffi::SQLITE_CANTOPEN_ISDIR,
+        "is a directory: another tool's lock",
+        |lock| fs::create_dir(lock).unwrap(),
+        |lock| fs::remove_dir(lock).unwrap(),
+    );
+}
+
+/// root may open and create everything, so these two run as `nobody`, in an agent started by setpriv(1).
+fn can_drop_privileges(test: &str) -> bool {
+    // SAFETY: no arguments, cannot fail.
+    let is_root = unsafe { libc::geteuid() } == 0;
+    let has_setpriv = Command::new("setpriv").arg("--version").output().is_ok_and(|out| out.status.success());
+    if is_root && !has_setpriv {
+        println!("SKIPPED {test}: running as root, and setpriv(1) from util-linux is not installed");
+    }
+    !is_root || has_setpriv
+}
+
+/// Opens everything to others, so that `nobody` gets as far as the lock file.
+fn open_to_others(db: &TestDb) {
+    fs::set_permissions(db.dir(), Permissions::from_mode(0o777)).unwrap();
+    fs::set_permissions(db.path(), Permissions::from_mode(0o666)).unwrap();
+}
+
+#[test]
+fn an_unreadable_lock_file_says_whose_fault_it_is() {
+    if !can_drop_privileges("an_unreadable_lock_file_says_whose_fault_it_is") {
+        return;
+    }
+    let db = database();
+    open_to_others(&db);
+    File::create(db.lock_file()).unwrap();
+    fs::set_permissions(db.lock_file(), Permissions::from_mode(0o000)).unwrap();
+    let mut agent = Agent::unprivileged();
+    agent.ask(&Task::Open(format!("file:{}?vfs=kanbanlock", db.path().display()))).unwrap();
+    assert_eq!(agent.query("SELECT count(*) FROM task"), "0");
+    let (code, message) = agent.execute("INSERT INTO task VALUES ('x')").unwrap_err();
+    assert_eq!((code, message.as_str()), (ffi::SQLITE_PERM, "access permission denied"));
+    assert!(agent.log().contains("may not open it for reading and writing"), "{}", agent.log());
+    fs::set_permissions(db.lock_file(), Permissions::from_mode(0o666)).unwrap();
+    agent.execute("INSERT INTO task VALUES ('x')").unwrap();
+}
+
+#[test]
+fn a_read_only_folder_refuses_writes_and_a_prepared_lock_file_helps() {
+    if !can_drop_privileges("a_read_only_folder_refuses_writes_and_a_prepared_lock_file_helps") {
+        return;
+    }
+    let db = database();
+    open_to_others(&db);
+    fs::set_permissions(db.dir(), Permissions::from_mode(0o555)).unwrap();
+    let mut agent = Agent::unprivileged();
+    agent.ask(&Task::Open(format!("file:{}?vfs=kanbanlock", db.path().display()))).unwrap();
+    agent.query("PRAGMA journal_mode = MEMORY"); // no journal file, so the lock file alone is in the way
+    assert_eq!(agent.query("SELECT count(*) FROM task"), "0");
+    let (code, message) = agent.execute("INSERT INTO task VALUES ('x')").unwrap_err();
+    assert_eq!(
+        (code, message.as_str()),
+        (ffi::SQLITE_READONLY_DIRECTORY, "attempt to write a readonly database")
+    );
+    assert!(agent.log().contains("may not create files in its folder"), "{}", agent.log());
+
+    File::create(db.lock_file()).unwrap();
+    fs::set_permissions(db.lock_file(), Permissions::from_mode(0o666)).unwrap();
+    agent.execute("INSERT INTO task VALUES ('x')").unwrap();
+}
+
+#[test]
+fn another_tools_text_in_the_lock_file_stays_as_it_is() {
+    let db = database();
+    fs::write(db.lock_file(), "4711\nsome other tool\n").unwrap();
+    let inode = fs::metadata(db.lock_file()).unwrap().ino();
+    let connection = db.open("kanbanlock");
+    write(&connection).unwrap();
+    connection.close().unwrap();
+    let mut text = String::new();
+    File::open(db.lock_file()).unwrap().read_to_string(&mut text).unwrap();
+    assert_eq!(text, "4711\nsome other tool\n");
+    assert_eq!(fs::metadata(db.lock_file()).unwrap().ino(), inode, "never unlinked");
+}
+
+#[test]
+fn the_lock_file_takes_the_databases_mode_whatever_the_umask() {
+    for mode in [0o600, 0o660, 0o666] {
+        let db = database();
+        fs::set_permissions(db.path(), Permissions::from_mode(mode)).unwrap();
+        write(&db.open("kanbanlock")).unwrap();
+        assert_eq!(fs::metadata(db.lock_file()).unwrap().mode() & 0o777, mode);
+        assert_eq!(fs::metadata(db.lock_file()).unwrap().len(), 0, "never written");
+    }
+}
+
+#[test]
+fn roots_lock_file_takes_the_databases_owner() {
+    // SAFETY: no arguments, cannot fail.
+    if unsafe { libc::geteuid() } != 0 {
+        println!(
+            "SKIPPED roots_lock_file_takes_the_databases_owner: not root, so it may not give files away"
+        );
+        return;
+    }
+    let db = database();
+    std::os::unix::fs::chown(db.path(), Some(65534), Some(65534)).unwrap();
+    write(&db.open("kanbanlock")).unwrap();
+    let lock = fs::metadata(db.lock_file()).unwrap();
+    assert_eq!((lock.uid(), lock.gid()), (65534, 65534));
+}
+
+/// A lock on a file that no name leads to locks nobody out.
+#[test]
+fn a_deleted_lock_file_is_noticed_at_the_next_acquire() {
+    let db = database();
+    let connection = db.open("kanbanlock");
+    write(&connection).unwrap();
+    remove_file(&db.lock_file());
+    connection.execute_batch("BEGIN IMMEDIATE").unwrap();
+    assert!(support::is_flocked(&db.lock_file()), "the new file is locked");
+    connection.execute_batch("COMMIT").unwrap();
+    let lines = log::lines_about(&db.lock_file());
+    assert!(lines.iter().any(|(_, line)| line.contains("was deleted or replaced while in use")), "{lines:?}");
+}
+
+#[test]
+fn a_lock_file_replaced_while_held_brings_both_connections_to_the_new_one() {
+    let db = database();
+    let (a, b) = (db.open("kanbanlock"), db.open("kanbanlock"));
+    write(&a).unwrap();
+    write(&b).unwrap();
+    a.execute_batch("BEGIN IMMEDIATE").unwrap();
+    remove_file(&db.lock_file());
+    File::create(db.lock_file()).unwrap();
+    // b takes the new file's flock, but SQLite's own lock, which a still holds, keeps b out (row L3).
+    assert_eq!(code(b.execute_batch("BEGIN IMMEDIATE")), ffi::SQLITE_BUSY);
+    assert!(!support::is_flocked(&db.lock_file()), "b has given the gate back");
+    a.execute_batch("COMMIT").unwrap();
+    a.execute_batch("BEGIN IMMEDIATE").unwrap();
+    assert!(support::is_flocked(&db.lock_file()));
+    assert_eq!(code(b.execute_batch("BEGIN IMMEDIATE")), ffi::SQLITE_BUSY);
+}
+
+/// Refused on a dead file: the holder of the old file must not keep us out of the new one.
+#[test]
+fn a_holder_of_a_replaced_lock_file_does_not_refuse_us() {
+    let db = database();
+    let connection = db.open("kanbanlock");
+    write(&connection).unwrap();
+    let mut outsider = Agent::start();
+    outsider.ask(&Task::Flock(db.lock_file())).unwrap();
+    assert_eq!(code(write(&connection)), ffi::SQLITE_BUSY);
+    remove_file(&db.lock_file());
+    write(&connection).unwrap();
+}
+
+#[test]
+fn a_lock_file_replaced_by_a_symbolic_link_is_refused() {
+    let db = database();
+    let connection = db.open("kanbanlock");
+    write(&connection).unwrap();
+    let elsewhere = db.dir().join("elsewhere.lock");
+    fs::rename(db.lock_file(), &elsewhere).unwrap();
+    symlink(&elsewhere, db.lock_file()).unwrap();
+    assert_eq!(code(write(&connection)), ffi::SQLITE_CANTOPEN_SYMLINK);
+}
+
+/// `kanbanlock_fallback=unlocked` is the only way out, and it says so.
+#[test]
+fn fallback_unlocked_writes_and_logs_once() {
+    let db = database();
+    fs::create_dir(db.lock_file()).unwrap();
+    let connection = db.try_open_uri("vfs=kanbanlock&kanbanlock_fallback=unlocked").unwrap();
+    let before = kanbanlock::stats().unlocked;
+    write(&connection).unwrap();
+    write(&connection).unwrap();
+    assert!(kanbanlock::stats().unlocked >= before + 2);
+    let lines = log::lines_about(&db.lock_file());
+    let warnings: Vec<_> =
+        lines.iter().filter(|(_, line)| line.contains("Writing WITHOUT the lock")).collect();
+    assert_eq!(warnings.len(), 1, "{lines:?}");
+}
+
+/// … but another holder is not a broken lock file.
+#[test]
+fn fallback_unlocked_does_not_ignore_a_holder() {
+    let db = database();
+    let connection = db.try_open_uri("vfs=kanbanlock&kanbanlock_fallback=unlocked").unwrap();
+    write(&connection).unwrap();
+    let mut outsider = Agent::start();
+    outsider.ask(&Task::Flock(db.lock_file())).unwrap();
+    assert_eq!(code(write(&connection)), ffi::SQLITE_BUSY);
+}
+
+/// An application that kept its own flock around BEGIN IMMEDIATE … COMMIT waits for itself.
+#[test]
+fn a_self_deadlock_is_named_in_the_log() {
+    let db = database();
+    let mut agent = Agent::with_db(db.path(), "kanbanlock");
+    agent.execute("INSERT INTO task VALUES ('x')").unwrap();
+    agent.query("PRAGMA busy_timeout = 300");
+
+    // Another process's flock: an ordinary wait, nothing to report.
+    let mut outsider = Agent::start();
+    outsider.ask(&Task::Flock(db.lock_file())).unwrap();
+    assert_eq!(agent.execute("INSERT INTO task VALUES ('y')").unwrap_err().0, ffi::SQLITE_BUSY);
+    assert_eq!(agent.log(), "");
+    outsider.ask(&Task::Unflock).unwrap();
+
+    // Its own.
+    agent.ask(&Task::Flock(db.lock_file())).unwrap();
+    for _ in 0..2 {
+        assert_eq!(agent.execute("INSERT INTO task VALUES ('z')").unwrap_err().0, ffi::SQLITE_BUSY);
+    }
+    assert_eq!(agent.log().matches("its connection waits for itself").count(), 1, "{}", agent.log());
+    agent.ask(&Task::Unflock).unwrap();
+    agent.execute("INSERT INTO task VALUES ('z')").unwrap();
+}
+
+/// flock(1) is the shell's door to the same lock.
+#[test]
+fn flock_1_excludes_writers_and_is_excluded() {
+    if Command::new("flock").arg("--version").output().is_err() {
+        println!(
+            "SKIPPED flock_1_excludes_writers_and_is_excluded: flock(1) from util-linux is not installed"
+        );
+        return;
+    }
+    let db = database();
+    let connection = db.open("kanbanlock");
+    connection.execute_batch("BEGIN IMMEDIATE").unwrap();
+    let flock = |command: &str| {
+        Command::new("flock").arg("-n").arg(db.lock_file()).args(["-c", command]).status().unwrap().success()
+    };
+    assert!(!flock("true"), "held");
+    connection.execute_batch("COMMIT").unwrap();
+    assert!(flock("true"), "free");
+}
