@@ -107,12 +107,14 @@ pub struct Tap {
     /// Call xShmLock not on the VFS beneath but this many bytes further into its file: on what *that* wraps.
     /// For building the xLock-only shim that the tests must be able to catch.
     pub shm_lock_bypass: Option<usize>,
+    /// Open databases, then answer this code all the same, leaving the file open.
+    pub fail_open_with: Option<c_int>,
     pub observer: Arc<dyn Observer>,
 }
 
 impl Tap {
     pub fn new(name: &'static str, parent: &'static str, observer: Arc<dyn Observer>) -> Tap {
-        Tap { name, parent, interface: 3, shm_lock_bypass: None, observer }
+        Tap { name, parent, interface: 3, shm_lock_bypass: None, fail_open_with: None, observer }
     }
 
     /// Registers it (leaking it: SQLite keeps the pointer).
@@ -253,7 +255,10 @@ unsafe extern "C" fn x_open(
     let tap_file = TapFile { base: ffi::sqlite3_file { pMethods: table(version) }, info };
     // SAFETY: szOsFile bytes, aligned.
     unsafe { file.cast::<TapFile>().write(tap_file) };
-    code
+    match registered.tap.fail_open_with {
+        Some(failure) if kind == FileKind::Database => failure,
+        _ => code,
+    }
 }
 
 fn table(version: c_int) -> &'static ffi::sqlite3_io_methods {
