@@ -16,6 +16,7 @@ use std::sync::{Arc, Mutex};
 use kanbanlock::{CheckpointPolicy, Options};
 use rusqlite::{Connection, ffi};
 use support::agent::{Agent, Task};
+use support::raw_file::vfs_methods;
 use support::tap_vfs::{Call, FileKind, Method, Observer, Tap};
 use support::{Stack, TestDb, code, open, set_journal_mode, unique};
 
@@ -203,7 +204,8 @@ fn an_xlock_only_shim_is_caught_in_wal_mode() {
     let stack = Stack::new(probe.clone());
     let xlock_only = unique("xlock-only");
     // SQLite → tap → kanbanlock → tap → unix, but xShmLock goes past kanbanlock to the tap beneath it.
-    let shim_size = os_file_size(stack.kanbanlock) - os_file_size(stack.real);
+    let size = |vfs| usize::try_from(vfs_methods(vfs).szOsFile).unwrap();
+    let shim_size = size(stack.kanbanlock) - size(stack.real);
     struct Silent;
     impl Observer for Silent {}
     let above = Tap::new(xlock_only, stack.kanbanlock, Arc::new(Silent));
@@ -212,14 +214,6 @@ fn an_xlock_only_shim_is_caught_in_wal_mode() {
     let (name, sql) = WRITES[0];
     assert_eq!(naked_writes(xlock_only, &probe, "delete", name, sql), [""; 0], "rollback mode is protected");
     assert_ne!(naked_writes(xlock_only, &probe, "wal", name, sql), [""; 0], "WAL mode is not");
-}
-
-fn os_file_size(vfs: &str) -> usize {
-    let name = std::ffi::CString::new(vfs).unwrap();
-    // SAFETY: a NUL-terminated name.
-    let vfs = unsafe { ffi::sqlite3_vfs_find(name.as_ptr()) };
-    // SAFETY: registered, hence valid.
-    usize::try_from(unsafe { (*vfs).szOsFile }).unwrap()
 }
 
 #[test]

@@ -41,6 +41,8 @@ pub enum Task {
     Unflock,
     /// kanbanlock's lines in SQLite's log.
     Log,
+    /// One stat(2) of a path that is not there, to be found in a trace of system calls.
+    Mark(PathBuf),
 }
 
 /// A reply: text, or SQLite's extended result code and message.
@@ -86,6 +88,13 @@ impl Agent {
             .spawn()
             .unwrap();
         Agent { process, replies: BufReader::new(ours.try_clone().unwrap()), requests: ours }
+    }
+
+    /// An agent whose system calls strace(1) writes to `trace`.
+    pub fn traced(trace: &Path) -> Agent {
+        let mut command = Command::new("strace");
+        command.arg("-qq").arg("-f").arg("-o").arg(trace).arg(std::env::current_exe().unwrap());
+        Agent::run(command)
     }
 
     /// An agent with the database open through that VFS.
@@ -218,6 +227,10 @@ impl Worker {
             }
             Task::Unflock => {
                 self.flock = None;
+                ok()
+            }
+            Task::Mark(path) => {
+                assert!(std::fs::metadata(path).is_err());
                 ok()
             }
             Task::Log => {

@@ -4,6 +4,7 @@
 
 pub mod agent;
 pub mod log;
+pub mod raw_file;
 pub mod tap_vfs;
 
 use std::fs::{File, TryLockError};
