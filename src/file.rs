@@ -13,7 +13,7 @@
 //! Only main database files have this shape. Every other file (journals, WAL, temporary files) is opened by
 //! the real VFS in the same memory, with its own methods, and never comes back to us.
 //!
-//! Uses: `driver`, `gate`, `real`, `shim`, `sys`, `state`, `options`, `error`, `ffi`.
+//! Uses: `driver`, `gate`, `real`, `shim`, `sys`, `stats`, `options`, `error`, `ffi`.
 
 use std::ffi::{CStr, CString, c_int};
 use std::mem::{align_of, size_of};

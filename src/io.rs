@@ -4,7 +4,7 @@
 //! static tables, one for each interface version: a file advertises its *real* file's version, and there is no
 //! NULL method under an advertised version.
 //!
-//! Uses: `file`, `ffi`, `error`.
+//! Uses: `file`, `real`, `ffi`, `error`.
 
 use std::ffi::{CStr, c_char, c_int, c_void};
 

@@ -42,6 +42,9 @@
 //!
 //! ARCHITECTURE.md in the repository; the transition table is in `src/state.rs`.
 
+#![cfg_attr(not(test), warn(clippy::unwrap_used, clippy::expect_used, clippy::incompatible_msrv))]
+#![warn(clippy::multiple_unsafe_ops_per_block)]
+
 #[cfg(not(target_os = "linux"))]
 compile_error!("kanbanlock supports Linux only so far");
 
@@ -64,7 +67,7 @@ mod sys;
 mod vfs;
 
 #[cfg(test)]
-use rusqlite as _; // links SQLite into the unit tests
+mod tests;
 
 pub use error::RegisterError;
 pub use gate::Fallback;

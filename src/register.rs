@@ -7,7 +7,7 @@
 //! - Registering again with equal options changes nothing, except that it repairs what `sqlite3_shutdown` and
 //!   initialize undo ("unix" is then the default again).
 //!
-//! Uses: `vfs`, `shim`, `host`, `real`, `options`, `error`.
+//! Uses: `vfs`, `shim`, `host`, `real`, `options`, `ffi`, `error`.
 
 use std::ffi::CString;
 use std::ptr::NonNull;

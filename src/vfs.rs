@@ -4,7 +4,7 @@
 //! *real* VFS as its first argument, `xSetSystemCall` and its kin included, and a method that the real VFS
 //! does not have is NULL here too.
 //!
-//! Uses: `io`, `file`, `shim`, `real`, `options`, `host`, `ffi`, `error`.
+//! Uses: `io`, `file`, `shim`, `options`, `ffi`, `error`.
 
 use std::ffi::{CStr, CString, c_char, c_double, c_int, c_void};
 

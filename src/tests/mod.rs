@@ -1,0 +1,3 @@
+//! Unit tests that look at more than one module; those of a single module stand at its end.
+
+mod layout;
