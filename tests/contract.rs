@@ -383,3 +383,39 @@ fn close_closes_the_real_file_before_the_lock_file() {
     assert_eq!(*observer.0.lock().unwrap(), [true]);
     assert!(!support::is_flocked(&db.lock_file()));
 }
+
+/// Rows L7 and L7w: a writer that waits for EXCLUSIVE keeps the gate, but lends it between its attempts where a
+/// `-shm` file says that a WAL connection may be holding SHARED for life while it waits for the gate.
+#[test]
+fn a_writer_that_waits_for_exclusive_lends_the_gate_to_wal_connections() {
+    kanbanlock::register().unwrap();
+    let db = TestDb::new();
+    let mut leaving = RawFile::main_db("kanbanlock", &db);
+    let mut other = RawFile::main_db("kanbanlock", &db);
+    assert_eq!(other.lock(ffi::SQLITE_LOCK_SHARED), ffi::SQLITE_OK);
+    assert_eq!(leaving.lock(ffi::SQLITE_LOCK_SHARED), ffi::SQLITE_OK);
+    assert_eq!(leaving.lock(ffi::SQLITE_LOCK_RESERVED), ffi::SQLITE_OK);
+
+    // L7: no -shm. The gate stays.
+    assert_eq!(leaving.lock(ffi::SQLITE_LOCK_EXCLUSIVE), ffi::SQLITE_BUSY);
+    assert!(support::is_flocked(&db.lock_file()));
+
+    // L7w: lent after the refusal, so the WAL connection gets its turn …
+    other.map_shm();
+    assert_eq!(leaving.lock(ffi::SQLITE_LOCK_EXCLUSIVE), ffi::SQLITE_BUSY);
+    assert!(!support::is_flocked(&db.lock_file()));
+    assert_eq!(other.shm_lock(3, 1, LOCK_SHARED), ffi::SQLITE_OK);
+    assert_eq!(other.shm_lock(0, 1, LOCK_EXCLUSIVE), ffi::SQLITE_OK);
+    // … and the first must win it back before its next attempt.
+    assert_eq!(leaving.lock(ffi::SQLITE_LOCK_EXCLUSIVE), ffi::SQLITE_BUSY);
+    assert!(support::is_flocked(&db.lock_file()), "the WAL connection's");
+    assert_eq!(other.shm_lock(0, 1, UNLOCK_EXCLUSIVE), ffi::SQLITE_OK);
+    assert!(!support::is_flocked(&db.lock_file()));
+    assert_eq!(other.shm_lock(3, 1, UNLOCK_SHARED), ffi::SQLITE_OK);
+    other.close();
+    assert_eq!(leaving.lock(ffi::SQLITE_LOCK_EXCLUSIVE), ffi::SQLITE_OK);
+    assert!(support::is_flocked(&db.lock_file()));
+    assert_eq!(leaving.unlock(ffi::SQLITE_LOCK_NONE), ffi::SQLITE_OK);
+    assert!(!support::is_flocked(&db.lock_file()));
+    leaving.close();
+}
