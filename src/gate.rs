@@ -15,7 +15,7 @@
 //! - errno is left as it was found.
 //!
 //! ## Cost
-//! Uncontended: flock, lstat, flock for a whole write transaction. No allocation, no mutex. The descriptor is
+//! Uncontended: flock, fstat, flock for a whole write transaction. No allocation, no mutex. The descriptor is
 //! opened at the first write lock (a reader never touches the lock file) and kept until xClose.
 //!
 //! A flock belongs to the open file description (flock(2)), not to the process: two connections of one process
@@ -89,6 +89,8 @@ pub struct LockFile {
 struct Descriptor {
     fd: OwnedFd,
     id: FileId,
+    /// The file's ctime when its name was last seen to lead to it.
+    in_place_at: Option<(libc::time_t, libc::c_long)>,
 }
 
 /// Why the gate cannot be had, other than that another holds it.
@@ -119,18 +121,23 @@ impl LockFile {
     }
 
     fn acquire(&self) -> Result<bool, Failure> {
+        let mut slot = self.descriptor.borrow_mut();
         for _ in 0..REPLACED_LIMIT {
-            let descriptor = match self.descriptor.take() {
+            let descriptor = match &mut *slot {
                 Some(descriptor) => descriptor,
-                None => self.open()?,
+                None => slot.insert(self.open()?),
             };
             let acquired =
                 sys::flock_exclusive_nb(descriptor.fd.as_fd()).map_err(|error| self.flock_failure(&error))?;
-            if self.is_in_place(&descriptor) {
-                self.descriptor.replace(Some(descriptor));
+            if !acquired {
+                // Waiting anyway, so look closely: the holder of a dead file must not keep us out.
+                descriptor.in_place_at = None;
+            }
+            if self.is_in_place(descriptor) {
                 return Ok(acquired);
             }
-            // Dropping the stale descriptor closes it, and so releases its flock.
+            // Closing the stale descriptor releases its flock.
+            *slot = None;
             stats::REPLACED.increment();
             self.host.log(
                 rc::WARNING,
@@ -144,9 +151,20 @@ impl LockFile {
         Ok(false)
     }
 
-    /// True if the name still leads to the file that we hold open. One lstat(2).
-    fn is_in_place(&self, descriptor: &Descriptor) -> bool {
-        sys::lstat(&self.path).is_ok_and(|now| now.id == descriptor.id)
+    /// True if the name still leads to the file that we hold open. One fstat(2), mostly: a file that is unlinked
+    /// or renamed over loses its last link, and one that is renamed away changes its ctime (ext4, xfs, btrfs and
+    /// tmpfs do so). Only when the ctime has changed is the path itself looked up, which costs three times as much.
+    fn is_in_place(&self, descriptor: &mut Descriptor) -> bool {
+        let Ok(now) = sys::fstat(descriptor.fd.as_fd()) else { return false };
+        if now.links == 0 {
+            return false;
+        }
+        if descriptor.in_place_at == Some(now.changed) {
+            return true;
+        }
+        let is_in_place = sys::lstat(&self.path).is_ok_and(|there| there.id == descriptor.id);
+        descriptor.in_place_at = is_in_place.then_some(now.changed);
+        is_in_place
     }
 
     fn open(&self) -> Result<Descriptor, Failure> {
@@ -191,7 +209,7 @@ impl LockFile {
         if !attributes.is_regular() {
             return Err(self.not_regular(&attributes));
         }
-        Ok(Descriptor { fd, id: attributes.id })
+        Ok(Descriptor { fd, id: attributes.id, in_place_at: None })
     }
 
     fn granted(&self) -> bool {

@@ -167,7 +167,7 @@ macro_rules! forward {
         unsafe extern "C" fn $name(file: *mut sqlite3_file $(, $arg: $type)*) $(-> $ret)? {
             // SAFETY: SQLite's call.
             let real = unsafe { handle(file) }.real();
-            let Some(method) = real.methods().$method else { return $($missing)? };
+            let Some(method) = real.method(|methods| methods.$method) else { return $($missing)? };
             // SAFETY: the real file's own method, called with the real file and SQLite's own arguments.
             unsafe { method(real.as_ptr() $(, $arg)*) }
         }

@@ -82,6 +82,7 @@ impl RealFile {
     }
 
     /// The pointer that every forwarded method must get as its first argument.
+    #[inline]
     pub fn as_ptr(self) -> *mut ffi::sqlite3_file {
         self.0.as_ptr()
     }
@@ -98,33 +99,38 @@ impl RealFile {
     /// `unix-none`; sqlite-vfs for xFetch): a method that is not there cannot be forwarded to, so the shim
     /// must not advertise it.
     pub fn version(self) -> c_int {
-        let methods = self.methods();
-        let has_shm = methods.xShmMap.is_some()
-            && methods.xShmLock.is_some()
-            && methods.xShmBarrier.is_some()
-            && methods.xShmUnmap.is_some();
-        let has_fetch = methods.xFetch.is_some() && methods.xUnfetch.is_some();
-        match methods.iVersion {
-            3.. if has_shm && has_fetch => 3,
-            2.. if has_shm => 2,
-            _ => 1,
-        }
+        self.method(|methods| {
+            let has_shm = methods.xShmMap.is_some()
+                && methods.xShmLock.is_some()
+                && methods.xShmBarrier.is_some()
+                && methods.xShmUnmap.is_some();
+            let has_fetch = methods.xFetch.is_some() && methods.xUnfetch.is_some();
+            match methods.iVersion {
+                3.. if has_shm && has_fetch => 3,
+                2.. if has_shm => 2,
+                _ => 1,
+            }
+        })
     }
 
+    #[inline]
     fn methods_ptr(self) -> *const ffi::sqlite3_io_methods {
         // SAFETY: RealFile::new: the file is in place, and pMethods is its first field, always readable.
         unsafe { (*self.0.as_ptr()).pMethods }
     }
 
-    /// A copy of the method table.
-    pub fn methods(self) -> ffi::sqlite3_io_methods {
-        // SAFETY: the file is open, so pMethods points to a table; "VFS implementations … static const".
-        unsafe { self.methods_ptr().read() }
+    /// One entry, or several, of the method table.
+    #[inline]
+    pub fn method<M>(self, pick: impl FnOnce(&ffi::sqlite3_io_methods) -> M) -> M {
+        // SAFETY: the file is open, so pMethods points to a table, which stays as it is while the file is open.
+        // The reference ends here, before any method is called.
+        let methods = unsafe { &*self.methods_ptr() };
+        pick(methods)
     }
 
     /// `xClose`
     pub fn x_close(self) -> c_int {
-        let Some(x_close) = self.methods().xClose else { return rc::IOERR_CLOSE };
+        let Some(x_close) = self.method(|methods| methods.xClose) else { return rc::IOERR_CLOSE };
         // SAFETY: the real file's own method, called with the real file, which is open (RealFile::new).
         unsafe { x_close(self.as_ptr()) }
     }
@@ -135,33 +141,36 @@ impl RealFile {
     ///
     /// `arg` is what the opcode `op` calls for. <https://www.sqlite.org/c3ref/c_fcntl_begin_atomic_write.html>
     pub unsafe fn x_file_control(self, op: c_int, arg: *mut c_void) -> c_int {
-        let Some(x_file_control) = self.methods().xFileControl else { return rc::NOTFOUND };
+        let Some(x_file_control) = self.method(|methods| methods.xFileControl) else { return rc::NOTFOUND };
         // SAFETY: the real file's own method, called with the real file; the caller vouches for `arg`.
         unsafe { x_file_control(self.as_ptr(), op, arg) }
     }
 }
 
 impl RealLocks for RealFile {
+    #[inline]
     fn x_lock(&self, level: c_int) -> c_int {
-        let Some(x_lock) = self.methods().xLock else { return rc::IOERR_LOCK };
+        let Some(x_lock) = self.method(|methods| methods.xLock) else { return rc::IOERR_LOCK };
         // SAFETY: the real file's own method, called with the real file, which is open (RealFile::new).
         unsafe { x_lock(self.as_ptr(), level) }
     }
 
+    #[inline]
     fn x_unlock(&self, level: c_int) -> c_int {
-        let Some(x_unlock) = self.methods().xUnlock else { return rc::IOERR_UNLOCK };
+        let Some(x_unlock) = self.method(|methods| methods.xUnlock) else { return rc::IOERR_UNLOCK };
         // SAFETY: the real file's own method, called with the real file, which is open (RealFile::new).
         unsafe { x_unlock(self.as_ptr(), level) }
     }
 
+    #[inline]
     fn x_shm_lock(&self, offset: c_int, count: c_int, flags: c_int) -> c_int {
-        let Some(x_shm_lock) = self.methods().xShmLock else { return rc::IOERR_SHMLOCK };
+        let Some(x_shm_lock) = self.method(|methods| methods.xShmLock) else { return rc::IOERR_SHMLOCK };
         // SAFETY: the real file's own method, called with the real file, which is open (RealFile::new).
         unsafe { x_shm_lock(self.as_ptr(), offset, count, flags) }
     }
 
     fn x_shm_unmap(&self, delete: c_int) -> c_int {
-        let Some(x_shm_unmap) = self.methods().xShmUnmap else { return rc::OK };
+        let Some(x_shm_unmap) = self.method(|methods| methods.xShmUnmap) else { return rc::OK };
         // SAFETY: the real file's own method, called with the real file, which is open (RealFile::new).
         unsafe { x_shm_unmap(self.as_ptr(), delete) }
     }

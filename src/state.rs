@@ -39,7 +39,7 @@
 //! | S5 | any | shm LOCK·EXCL, anything else | – | any | `excl` grows if OK |
 //! | S6 | any | shm UNLOCK | – | OK | cleared; release if no reason is left (not OK: as before) |
 //! | S7 | any | xShmUnmap | – | any | `excl`, `shared` empty; release if level < RESERVED |
-//! | K1 | free | shm LOCK·EXCL of CKPT alone, policy `gate` | await, bounded; refused → BUSY, real not called | OK | held |
+//! | K1 | free | shm LOCK·EXCL of CKPT alone, policy `gate` | await, bounded (a slot held: try); refused → BUSY, real not called | OK | held |
 //! | K2 | free | same | taken | not OK | release |
 //! | G1 | WRITE, no CKPT | shm LOCK·EXCL of READ(1)…READ(4) | real CKPT first; refused → BUSY, not forwarded | – | as before |
 //! | G2 | same | same | CKPT won | not OK | give CKPT back |
@@ -236,7 +236,8 @@ impl State {
             ShmSlots::EMPTY if self.is_unguarded_reset(slots) && self.poisoned => Ask::Refuse,
             ShmSlots::EMPTY if self.is_unguarded_reset(slots) => Ask::GuardReset,
             ShmSlots::EMPTY => Ask::Forward,
-            ShmSlots::CKPT if self.ask_gate() == Ask::TakeGate => Ask::AwaitGate,
+            // `sqlite3_snapshot_recover` asks for CKPT with a READ slot held: then nothing may wait.
+            ShmSlots::CKPT if self.ask_gate() == Ask::TakeGate && self.holds_no_slot() => Ask::AwaitGate,
             _ => self.ask_gate(),
         }
     }
@@ -313,6 +314,10 @@ impl State {
             (false, true) => Ask::Forward,
             (false, false) => Ask::TakeGate,
         }
+    }
+
+    fn holds_no_slot(&self) -> bool {
+        (self.excl | self.shared).is_empty()
     }
 
     /// Which of `slots`, asked for exclusively now, would be a reason to hold the gate.

@@ -67,6 +67,10 @@ pub struct Attributes {
     pub uid: libc::uid_t,
     /// Group.
     pub gid: libc::gid_t,
+    /// How many names lead to it.
+    pub links: libc::nlink_t,
+    /// `st_ctim`, in seconds and nanoseconds: "the time of the last status change", inode(7).
+    pub changed: (libc::time_t, libc::c_long),
 }
 
 impl Attributes {
@@ -96,6 +100,8 @@ impl From<libc::stat> for Attributes {
             mode: stat.st_mode,
             uid: stat.st_uid,
             gid: stat.st_gid,
+            links: stat.st_nlink,
+            changed: (stat.st_ctime, stat.st_ctime_nsec),
         }
     }
 }

@@ -1,5 +1,5 @@
 //! What kanbanlock costs in system calls, counted by strace(1) beside the plain unix VFS:
-//! two flock(2) and one lstat(2) for a write transaction, nothing for a read.
+//! two flock(2) and one fstat(2) for a write transaction, nothing for a read.
 
 mod support;
 
@@ -39,6 +39,8 @@ fn count_between_marks(trace: &Path, begin: &Path, end: &Path) -> Counts {
         // "4711 flock(5, LOCK_EX|LOCK_NB) = 0"; a call that strace shows in two parts counts at its first.
         let call = line.split_once(' ').map_or("", |(_, call)| call.trim_start());
         if let Some((name, _)) = call.split_once('(').filter(|(name, _)| !name.starts_with('<')) {
+            // glibc's fstat is the system call newfstatat on a descriptor, with an empty path.
+            let name = if call.contains("\"\", {") && name == "newfstatat" { "fstat" } else { name };
             *counts.entry(name.to_owned()).or_default() += 1;
         }
     }
@@ -74,7 +76,7 @@ fn difference(journal_mode: &str, sql: &str) -> Counts {
 }
 
 #[test]
-fn a_write_transaction_costs_two_flocks_and_one_lstat() {
+fn a_write_transaction_costs_two_flocks_and_one_fstat() {
     if !strace_works() {
         println!("SKIPPED: strace(1) is not installed, or may not trace here");
         return;
@@ -83,7 +85,7 @@ fn a_write_transaction_costs_two_flocks_and_one_lstat() {
         for sql in ["UPDATE t SET x = x + 1;", "BEGIN IMMEDIATE; UPDATE t SET x = x + 1; COMMIT;"] {
             let difference = difference(journal_mode, sql);
             let times = i64::try_from(TRANSACTIONS).unwrap();
-            let expected = [("flock".to_owned(), 2 * times), ("newfstatat".to_owned(), times)];
+            let expected = [("flock".to_owned(), 2 * times), ("fstat".to_owned(), times)];
             assert_eq!(difference, Counts::from(expected), "{journal_mode}: {sql}");
         }
     }

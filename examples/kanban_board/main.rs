@@ -1,0 +1,115 @@
+//! # kanban_board: kanbanlock's main job
+//!
+//! N worker *processes* share one kanban board in one SQLite database on disk. All of them race the schema
+//! migration at the start; then they create, claim and finish tasks, change the schema in the middle, and are
+//! watched by reader processes. At the end an audit looks for every commit that SQLite acknowledged, and a
+//! table says how fast and how fair it was.
+//!
+//! ```text
+//! cargo run --release --example kanban_board                   # through kanbanlock
+//! cargo run --release --example kanban_board -- --vfs unix     # the same on stock SQLite
+//! cargo run --release --example kanban_board -- --chaos        # with kill -9 at random moments
+//! cargo run --release --example kanban_board -- --help
+//! ```
+//!
+//! Exit status: 0 if the audit passed, 1 if it failed or a process died by itself, 2 if the run could not be
+//! made.
+//!
+//! ```text
+//! main ── options   what to run
+//!   │──── place     where the run's files are
+//!   │──── crew      parent's side: starts, releases, kills, restarts and stops the processes
+//!   │       ┆ stdin, stdout (pipes)
+//!   │     session   child's side of the same, with the connection and the retry on SQLITE_BUSY
+//!   │       │─ worker, reader   the two loops
+//!   │       │─ board            the schema and every transaction on it
+//!   │       └─ acklog           what SQLite acknowledged, logged outside the database
+//!   │──── audit     is every acknowledged commit there, does everything agree?
+//!   └──── report    the table and the JSON
+//! ```
+//!
+//! The parent has no connection open while the children run.
+//!
+//! CAUTION: SIGKILL leaves the page cache alone. The audit therefore judges isolation and locking; it says
+//! nothing about a power loss.
+#![forbid(unsafe_code)]
+
+mod acklog;
+mod audit;
+mod board;
+mod crew;
+mod options;
+mod place;
+mod reader;
+mod report;
+mod session;
+mod worker;
+
+use std::io::Write as _;
+use std::process::ExitCode;
+
+use clap::Parser as _;
+
+use crate::options::{Job, Options, Role};
+use crate::place::Place;
+use crate::report::Report;
+
+/// Any failure here ends as one line for the user, so the text is all that matters.
+type Result<T> = std::result::Result<T, Box<dyn std::error::Error + Send + Sync>>;
+
+fn main() -> ExitCode {
+    let options = Options::parse();
+    if let Some(job) = &options.child {
+        return child(job);
+    }
+    match parent(&options) {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::from(1),
+        Err(error) => {
+            eprintln!("kanban_board: {error}");
+            ExitCode::from(2)
+        }
+    }
+}
+
+/// One worker or reader process.
+fn child(job: &Job) -> ExitCode {
+    let done = match job.role {
+        Role::Worker => worker::run(job),
+        Role::Reader => reader::run(job),
+    };
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            session::say(&session::Signal::Failed(error.to_string()));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// The whole run; false if the audit failed.
+fn parent(options: &Options) -> Result<bool> {
+    options.check_vfs()?;
+    let json = options.create_json()?;
+    let mut place = Place::create(options)?;
+    let database = options.database(place.db());
+    let status = database.open().and_then(|conn| Ok(board::shim_status(&conn)?));
+    let status = status.inspect_err(|_| place.discard())?;
+    report::print_heading(options, &database, status.as_deref())?;
+
+    let shift = crew::run(options, &database, &place)?;
+    if let Some(sabotage) = options.sabotage {
+        println!("sabotage  {}", audit::sabotage(&database, sabotage)?);
+    }
+    let checks = audit::audit(&database, &shift);
+    let report = Report::new(options, &database, &shift, checks)?;
+    report.print();
+    if let Some(json) = json {
+        serde_json::to_writer_pretty(&json, &report)?;
+        writeln!(&json)?;
+    }
+    if options.keep || options.db.is_some() || !report.passed {
+        println!("\nkept      {}", place.keep().display());
+    }
+    Ok(report.passed)
+}
