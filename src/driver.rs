@@ -58,6 +58,7 @@ impl<G: Gate> Driver<G> {
     }
 
     /// `xLock`: rows L1–L8. `shm_exists`: is there a `<db>-shm` file (row L7w)?
+    #[inline]
     pub fn x_lock(&self, real: &impl RealLocks, level: c_int, shm_exists: impl Fn() -> bool) -> c_int {
         let Some(to) = LockLevel::from_raw(level) else {
             return real.x_lock(level); // X1
@@ -72,6 +73,7 @@ impl<G: Gate> Driver<G> {
     }
 
     /// `xUnlock`: rows L9–L11.
+    #[inline]
     pub fn x_unlock(&self, real: &impl RealLocks, level: c_int) -> c_int {
         let code = real.x_unlock(level);
         let Some(to) = LockLevel::from_raw(level) else {
@@ -83,6 +85,7 @@ impl<G: Gate> Driver<G> {
     }
 
     /// `xShmLock`: rows S1–S6, K1, K2 and the reset guard, G1–G4.
+    #[inline]
     pub fn x_shm_lock(&self, real: &impl RealLocks, offset: c_int, count: c_int, flags: c_int) -> c_int {
         let Some(request) = ShmRequest::from_raw(offset, count, flags) else {
             return real.x_shm_lock(offset, count, flags); // X1
@@ -109,7 +112,13 @@ impl<G: Gate> Driver<G> {
     }
 
     /// Everything that must be won before the call is forwarded; `Err` is the answer if it is not.
+    #[inline(always)]
     fn admit(&self, real: &impl RealLocks, ask: Ask) -> Result<(), c_int> {
+        if ask == Ask::Forward { Ok(()) } else { self.win(real, ask) }
+    }
+
+    #[inline(never)]
+    fn win(&self, real: &impl RealLocks, ask: Ask) -> Result<(), c_int> {
         let acquired = match (ask, &self.gate) {
             (Ask::Forward, _) => true,
             (Ask::TakeGate, Some(gate)) => gate.try_acquire()?,
@@ -135,6 +144,7 @@ impl<G: Gate> Driver<G> {
     }
 
     /// The last step of every call: the real lock is as `after` says, so now the gate can follow.
+    #[inline]
     fn settle(&self, after: State) {
         self.state.set(after);
         let Some(gate) = &self.gate else { return };
@@ -148,6 +158,7 @@ impl<G: Gate> Driver<G> {
     }
 }
 
+#[inline]
 fn reply(code: c_int) -> Reply {
     match rc::primary(code) {
         rc::OK => Reply::Ok,

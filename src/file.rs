@@ -130,12 +130,14 @@ impl FileHandle {
     ///
     /// `file` points to `szOsFile` writable bytes of a VFS of ours, aligned to 8, which stay in place as long
     /// as the handle is used; and SQLite serialises the calls on this file.
+    #[inline]
     pub unsafe fn new(file: *mut ffi::sqlite3_file) -> FileHandle {
         // SAFETY: SQLite never passes a null file, and the caller says that there is memory behind it.
         FileHandle(unsafe { NonNull::new_unchecked(file.cast()) })
     }
 
     /// The real file behind ours.
+    #[inline]
     pub fn real(self) -> RealFile {
         // SAFETY: FileHandle::new: szOsFile bytes, of which ShimFile is only the first part (shim_file_size).
         let behind = unsafe { self.0.add(1) };
@@ -175,6 +177,7 @@ impl FileHandle {
     }
 
     /// Runs `body` on the open file. A panic poisons the file (row P1), is logged, and becomes `failure`.
+    #[inline]
     pub fn guarded(self, failure: c_int, body: impl FnOnce(&OpenFile, RealFile) -> c_int) -> c_int {
         // SAFETY: FileHandle::new: readable; set_open has written the field before SQLite makes this call.
         let open = unsafe { (*self.0.as_ptr()).open };

@@ -120,6 +120,7 @@ impl LockFile {
         as_path(&self.path)
     }
 
+    #[inline]
     fn acquire(&self) -> Result<bool, Failure> {
         let mut slot = self.descriptor.borrow_mut();
         for _ in 0..REPLACED_LIMIT {
@@ -154,6 +155,7 @@ impl LockFile {
     /// True if the name still leads to the file that we hold open. One fstat(2), mostly: a file that is unlinked
     /// or renamed over loses its last link, and one that is renamed away changes its ctime (ext4, xfs, btrfs and
     /// tmpfs do so). Only when the ctime has changed is the path itself looked up, which costs three times as much.
+    #[inline]
     fn is_in_place(&self, descriptor: &mut Descriptor) -> bool {
         let Ok(now) = sys::fstat(descriptor.fd.as_fd()) else { return false };
         if now.links == 0 {
@@ -212,6 +214,26 @@ impl LockFile {
         Ok(Descriptor { fd, id: attributes.id, in_place_at: None })
     }
 
+    #[inline(never)]
+    fn release_held(&self) {
+        self.held.set(false);
+        let _errno = ErrnoGuard::new();
+        stats::RELEASED.increment();
+        let mut descriptor = self.descriptor.borrow_mut();
+        let Some(Descriptor { fd, .. }) = descriptor.as_ref() else {
+            return; // granted without a lock file (Fallback::Unlocked)
+        };
+        if let Err(error) = sys::flock_unlock(fd.as_fd()) {
+            self.host.log(
+                rc::WARNING,
+                &format!("kanbanlock: {} cannot be unlocked: {error}; closing it", self.path().display()),
+            );
+            // "the lock is released … when all such file descriptors have been closed", flock(2).
+            *descriptor = None;
+        }
+    }
+
+    #[inline]
     fn granted(&self) -> bool {
         stats::ACQUIRED.increment();
         self.refusals.set(0);
@@ -344,6 +366,7 @@ impl LockFile {
 }
 
 impl Gate for LockFile {
+    #[inline]
     fn try_acquire(&self) -> Result<bool, c_int> {
         let _errno = ErrnoGuard::new();
         debug_assert!(!self.held.get(), "the gate is acquired once");
@@ -365,26 +388,14 @@ impl Gate for LockFile {
         Ok(true)
     }
 
+    #[inline(always)]
     fn release(&self) {
-        if !self.held.replace(false) {
-            return;
-        }
-        let _errno = ErrnoGuard::new();
-        stats::RELEASED.increment();
-        let mut descriptor = self.descriptor.borrow_mut();
-        let Some(Descriptor { fd, .. }) = descriptor.as_ref() else {
-            return; // granted without a lock file (Fallback::Unlocked)
-        };
-        if let Err(error) = sys::flock_unlock(fd.as_fd()) {
-            self.host.log(
-                rc::WARNING,
-                &format!("kanbanlock: {} cannot be unlocked: {error}; closing it", self.path().display()),
-            );
-            // "the lock is released … when all such file descriptors have been closed", flock(2).
-            *descriptor = None;
+        if self.held.get() {
+            self.release_held();
         }
     }
 
+    #[inline]
     fn is_held(&self) -> bool {
         self.held.get()
     }

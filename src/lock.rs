@@ -36,6 +36,7 @@ pub enum LockLevel {
 
 impl LockLevel {
     /// The level behind a raw argument of `xLock`/`xUnlock`; `None` for any other integer.
+    #[inline]
     pub fn from_raw(raw: c_int) -> Option<LockLevel> {
         match raw {
             0 => Some(LockLevel::None),
@@ -81,13 +82,14 @@ impl ShmSlots {
     pub const READS_1_TO_4: ShmSlots = ShmSlots(0b1111_0000);
 
     /// The slots `offset … offset+count-1`; `None` if the range is empty or leaves the 8 slots.
+    #[inline]
     pub fn from_range(offset: c_int, count: c_int) -> Option<ShmSlots> {
         let end = offset.checked_add(count)?;
         if offset < 0 || count < 1 || end > Self::COUNT {
             return None;
         }
-        let bits = (offset..end).fold(0, |bits, slot| bits | 1 << slot);
-        Some(ShmSlots(bits))
+        // end <= 8, so the difference of the two powers is a byte: the bits offset … end-1.
+        u8::try_from((1 << end) - (1 << offset)).ok().map(ShmSlots)
     }
 
     /// True if the set has no slot.
@@ -144,6 +146,7 @@ impl ShmRequest {
     const EXCLUSIVE: c_int = 8;
 
     /// The request behind raw `xShmLock` arguments; `None` if SQLite's protocol has no such call.
+    #[inline]
     pub fn from_raw(offset: c_int, count: c_int, flags: c_int) -> Option<ShmRequest> {
         const LOCK_SHARED: c_int = ShmRequest::LOCK | ShmRequest::SHARED;
         const LOCK_EXCLUSIVE: c_int = ShmRequest::LOCK | ShmRequest::EXCLUSIVE;

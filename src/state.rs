@@ -152,6 +152,7 @@ impl State {
     }
 
     /// True while there is a reason to hold the gate. The driver makes it so after each call.
+    #[inline]
     pub fn wants_gate(&self) -> bool {
         (self.level >= LockLevel::Reserved && !self.lent) || !self.gated.is_empty()
     }
@@ -179,11 +180,13 @@ impl State {
     }
 
     /// Before `xLock(to)`.
+    #[inline]
     pub fn ask_lock(&self, to: LockLevel) -> Ask {
         if self.is_upgrade(to) { self.ask_gate() } else { Ask::Forward }
     }
 
     /// After `xLock(to)` was forwarded. `shm_exists` is called only where row L7 must be told from L7w.
+    #[inline]
     pub fn lock_done(self, to: LockLevel, reply: Reply, shm_exists: impl Fn() -> bool) -> (State, Row) {
         use LockLevel::{Exclusive, None, Pending, Reserved, Shared};
         let ok = reply == Reply::Ok;
@@ -209,6 +212,7 @@ impl State {
     }
 
     /// After `xUnlock(to)` was forwarded. `lock_state` is called only after an error (row L11).
+    #[inline]
     pub fn unlock_done(
         self,
         to: LockLevel,
@@ -228,6 +232,7 @@ impl State {
     }
 
     /// Before `xShmLock(request)`.
+    #[inline]
     pub fn ask_shm(&self, request: ShmRequest) -> Ask {
         let ShmRequest::LockExclusive(slots) = request else {
             return Ask::Forward;
@@ -243,6 +248,7 @@ impl State {
     }
 
     /// After `xShmLock(request)` was forwarded (for [`Ask::GuardReset`]: with CKPT won).
+    #[inline]
     pub fn shm_done(self, request: ShmRequest, reply: Reply) -> (State, Row) {
         let ok = reply == Reply::Ok;
         let (after, row) = match request {

@@ -20,6 +20,7 @@ pub struct ErrnoGuard(c_int);
 
 impl ErrnoGuard {
     /// Remembers errno.
+    #[inline]
     #[must_use]
     pub fn new() -> ErrnoGuard {
         ErrnoGuard(io::Error::last_os_error().raw_os_error().unwrap_or(0))
@@ -27,6 +28,7 @@ impl ErrnoGuard {
 }
 
 impl Drop for ErrnoGuard {
+    #[inline]
     fn drop(&mut self) {
         // SAFETY: errno(3): "errno is thread-local", and __errno_location() gives this thread's own, which
         // lives as long as the thread; it takes no argument that could be wrong.
@@ -134,6 +136,7 @@ pub fn open(path: &CStr, create: Create) -> io::Result<OwnedFd> {
 }
 
 /// fstat(2)
+#[inline]
 pub fn fstat(fd: BorrowedFd<'_>) -> io::Result<Attributes> {
     let mut stat = MaybeUninit::<libc::stat>::uninit();
     // SAFETY: `fd` is borrowed, hence open, and `stat` is a writable buffer of the size that fstat fills.
@@ -176,6 +179,7 @@ pub fn fchown(fd: BorrowedFd<'_>, uid: libc::uid_t, gid: libc::gid_t) -> io::Res
 ///
 /// "LOCK_NB … EWOULDBLOCK: The file is locked and the LOCK_NB flag was selected." Locks "are associated with
 /// an open file description": two opens exclude each other even within one process.
+#[inline]
 pub fn flock_exclusive_nb(fd: BorrowedFd<'_>) -> io::Result<bool> {
     match flock(fd, libc::LOCK_EX | libc::LOCK_NB) {
         Ok(()) => Ok(true),
@@ -185,10 +189,12 @@ pub fn flock_exclusive_nb(fd: BorrowedFd<'_>) -> io::Result<bool> {
 }
 
 /// flock(2) with LOCK_UN.
+#[inline]
 pub fn flock_unlock(fd: BorrowedFd<'_>) -> io::Result<()> {
     flock(fd, libc::LOCK_UN)
 }
 
+#[inline]
 fn flock(fd: BorrowedFd<'_>, operation: c_int) -> io::Result<()> {
     retry_eintr(|| {
         // SAFETY: `fd` is borrowed, hence open; flock takes no pointer.
@@ -197,10 +203,12 @@ fn flock(fd: BorrowedFd<'_>, operation: c_int) -> io::Result<()> {
     .map(|_| ())
 }
 
+#[inline]
 fn check(result: c_int) -> io::Result<()> {
     if result == -1 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
+#[inline]
 fn retry_eintr(call: impl Fn() -> c_int) -> io::Result<c_int> {
     loop {
         let result = call();
