@@ -59,17 +59,10 @@ fn restarts_during_and_after_a_checkpoint(vfs: &str) -> (bool, bool) {
     // CKPT has been given back: others can checkpoint.
     assert_eq!(checkpointer.shm_lock(CKPT, 1, LOCK_EXCLUSIVE), ffi::SQLITE_OK);
     assert_eq!(checkpointer.shm_lock(CKPT, 1, UNLOCK_EXCLUSIVE), ffi::SQLITE_OK);
-    unmap(&mut checkpointer);
     checkpointer.close();
     let rows: i64 = connection.query_row("SELECT count(*) FROM t", [], |row| row.get(0)).unwrap();
     assert_eq!(rows, 3);
     (restarted_during, restarted_after)
-}
-
-fn unmap(file: &mut RawFile) {
-    let x_shm_unmap = file.methods().xShmUnmap.unwrap();
-    // SAFETY: open.
-    assert_eq!(unsafe { x_shm_unmap(file.ptr(), 0) }, ffi::SQLITE_OK);
 }
 
 #[test]

@@ -82,8 +82,7 @@ fn trace(journal_mode: &str) -> String {
     }
     trace.note("\n-- close");
     connection.close().unwrap();
-    let text = trace.0.lock().unwrap().clone();
-    text
+    std::mem::take(&mut trace.0.lock().unwrap())
 }
 
 fn run(connection: &Connection, sql: &str) {

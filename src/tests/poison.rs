@@ -35,8 +35,10 @@ fn a_panic_poisons_the_file_and_locks_can_still_be_given_back() {
     let file: *mut ffi::sqlite3_file = memory.as_mut_ptr().cast();
     // SAFETY: open, and used by this thread alone.
     let handle = unsafe { FileHandle::new(file) };
-    // SAFETY: open.
-    let methods = unsafe { *(*file).pMethods };
+    // SAFETY: open: pMethods is the first field.
+    let methods = unsafe { (*file).pMethods };
+    // SAFETY: open, so a table.
+    let methods = unsafe { *methods };
     // SAFETY: open; a lock level.
     let lock = |level| unsafe { methods.xLock.unwrap()(file, level) };
     // SAFETY: open; a lock level.

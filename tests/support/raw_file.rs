@@ -115,7 +115,12 @@ impl RawFile {
         unsafe { x_file_control(self.ptr(), op, arg) }
     }
 
+    /// xShmUnmap, which SQLite calls before xClose, and xClose.
     pub fn close(mut self) {
+        if let Some(x_shm_unmap) = self.methods().xShmUnmap {
+            // SAFETY: open.
+            assert_eq!(unsafe { x_shm_unmap(self.ptr(), 0) }, ffi::SQLITE_OK);
+        }
         let x_close = self.methods().xClose.unwrap();
         // SAFETY: open.
         assert_eq!(unsafe { x_close(self.ptr()) }, ffi::SQLITE_OK);
