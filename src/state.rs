@@ -31,8 +31,8 @@
 //! | L8 | ≥ requested | xLock same or lower | – | any | no change |
 //! | L9 | any | xUnlock SHARED | – | OK | at most SHARED; release unless a shm reason remains |
 //! | L10 | any | xUnlock NONE | – | OK | NONE; release unless a shm reason remains |
-//! | L11 | any | xUnlock | – | not OK | the level that `SQLITE_FCNTL_LOCKSTATE` gives; unknown → as before, stay held |
-//! | S1 | any | shm LOCK·SHARED | – | any | `shared` grows if OK |
+//! | L11 | any | xUnlock | – | not OK | the level that `SQLITE_FCNTL_LOCKSTATE` gives, if lower; unknown → as before, stay held |
+//! | S1 | any | shm LOCK·SHARED | – | any | `shared` grows if OK; release if no reason is left |
 //! | S2 | free | shm LOCK·EXCL with WRITE, own READ or CKPT held | try; refused → BUSY, real not called | OK | held |
 //! | S3 | free | same | taken | not OK | release |
 //! | S4 | held | same | already | any | stay held |
@@ -223,7 +223,11 @@ impl State {
             (LockLevel::Reserved | LockLevel::Pending | LockLevel::Exclusive, _) => (self.level, Row::X1),
             (LockLevel::Shared, Reply::Ok) => (self.level.min(to), Row::L9),
             (LockLevel::None, Reply::Ok) => (to, Row::L10),
-            (_, Reply::Busy | Reply::Error) => (lock_state().unwrap_or(self.level), Row::L11),
+            // Never above the level before: an older os_unix tells of the PENDING that a refused EXCLUSIVE (L5) has
+            // left, and the gate was released then.
+            (_, Reply::Busy | Reply::Error) => {
+                (lock_state().map_or(self.level, |real| real.min(self.level)), Row::L11)
+            }
         };
         let lent = self.lent && matches!(level, LockLevel::Reserved | LockLevel::Pending);
         let after = State { level, lent, ..self };
@@ -252,7 +256,12 @@ impl State {
     pub fn shm_done(self, request: ShmRequest, reply: Reply) -> (State, Row) {
         let ok = reply == Reply::Ok;
         let (after, row) = match request {
-            ShmRequest::LockShared(slots) if ok => (State { shared: self.shared | slots, ..self }, Row::S1),
+            ShmRequest::LockShared(slots) if ok => {
+                // os_unix says BUSY to a slot that this file holds exclusively. A VFS that grants it has the last
+                // word: the slot is shared now.
+                let (excl, gated) = (self.excl.without(slots), self.gated.without(slots));
+                (State { shared: self.shared | slots, excl, gated, ..self }, Row::S1)
+            }
             ShmRequest::LockShared(_) => (self, Row::S1),
             ShmRequest::LockExclusive(slots) => self.lock_exclusive_done(slots, ok),
             ShmRequest::Unlock(_) if !ok => (self, Row::S6),
