@@ -35,6 +35,10 @@ pub mod rc {
     pub const CANTOPEN_SYMLINK: c_int = CANTOPEN | (6 << 8);
     /// SQLITE_READONLY_DIRECTORY: the lock file cannot be created there
     pub const READONLY_DIRECTORY: c_int = 8 | (6 << 8);
+    /// SQLITE_IOERR_WRITE
+    pub const IOERR_WRITE: c_int = 10 | (3 << 8);
+    /// SQLITE_IOERR_TRUNCATE
+    pub const IOERR_TRUNCATE: c_int = 10 | (6 << 8);
     /// SQLITE_IOERR_UNLOCK
     pub const IOERR_UNLOCK: c_int = 10 | (8 << 8);
     /// SQLITE_IOERR_LOCK: flock(2) itself failed, or the file is poisoned
@@ -50,7 +54,7 @@ pub mod rc {
     }
 }
 
-/// Why [`register`](crate::register) or [`Options::register`](crate::Options::register) failed.
+/// Why [`register`](crate::register()) or [`Options::register`](crate::Options::register) failed.
 ///
 /// Nothing was registered, and nothing that was registered before has changed.
 #[derive(Clone, Debug, PartialEq, Eq)]

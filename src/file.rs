@@ -13,8 +13,9 @@
 //! Only main database files have this shape. Every other file (journals, WAL, temporary files) is opened by
 //! the real VFS in the same memory, with its own methods, and never comes back to us.
 //!
-//! Uses: `driver`, `gate`, `real`, `shim`, `sys`, `stats`, `options`, `error`, `ffi`.
+//! Uses: `driver`, `gate`, `fork`, `ofd`, `real`, `shim`, `sys`, `stats`, `options`, `error`, `ffi`.
 
+use std::cell::Cell;
 use std::ffi::{CStr, CString, c_int};
 use std::mem::{align_of, size_of};
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -23,7 +24,9 @@ use std::ptr::NonNull;
 use crate::driver::Driver;
 use crate::error::rc;
 use crate::ffi;
+use crate::fork;
 use crate::gate::{LockFile, with_suffix};
+use crate::ofd;
 use crate::options::FileOptions;
 use crate::real::RealFile;
 use crate::shim::Shim;
@@ -56,6 +59,9 @@ pub struct OpenFile {
     pub shim: &'static Shim,
     options: FileOptions,
     shm_path: CString,
+    /// The `fork::generation` that opened it.
+    generation: u32,
+    has_warned_inherited: Cell<bool>,
 }
 
 impl OpenFile {
@@ -68,7 +74,27 @@ impl OpenFile {
             shim,
             options,
             shm_path: with_suffix(database, "-shm"),
+            generation: fork::generation(),
+            has_warned_inherited: Cell::new(false),
         }
+    }
+
+    /// Runs `call`, unless this is the child of a fork and the file the parent's: then `failure`.
+    #[inline]
+    pub fn unless_inherited(&self, failure: c_int, call: impl FnOnce() -> c_int) -> c_int {
+        if self.generation == fork::generation() { call() } else { self.refuse_inherited(failure) }
+    }
+
+    #[cold]
+    fn refuse_inherited(&self, failure: c_int) -> c_int {
+        if !self.has_warned_inherited.replace(true) {
+            self.shim.host.log(
+                failure,
+                "kanbanlock: this connection was opened before fork() and is used in the child: it can neither lock nor \
+                 write. Open a connection of its own in the child",
+            );
+        }
+        failure
     }
 
     /// Is there a `<db>-shm`? Row L7w: then a WAL connection may hold SHARED for life.
@@ -87,12 +113,14 @@ impl OpenFile {
         let totals = crate::stats::snapshot();
         format!(
             "{{\"version\":{version},\"vfs\":{vfs},\"real_vfs\":{real_vfs},\"lock_file\":{lock_file},\
+             \"close_proof\":{close_proof},\
              \"level\":\"{level}\",\"held\":{held},\"checkpoint\":\"{checkpoint}\",\"fallback\":\"{fallback}\",\
              \"process\":{{\"acquired\":{acquired},\"held\":{held_now},\"refused\":{refused},\
              \"replaced\":{replaced},\"unlocked\":{unlocked},\"resets_deferred\":{resets_deferred}}}}}",
             version = json_string(env!("CARGO_PKG_VERSION")),
             vfs = json_string(&self.shim.name.to_string_lossy()),
             real_vfs = json_string(&self.shim.real.name()),
+            close_proof = ofd::is_installed(&self.shim.host),
             level = state.level().name(),
             held = state.wants_gate(),
             checkpoint = self.options.checkpoint.as_str(),

@@ -22,17 +22,18 @@
 //! exclude each other, and a `close()` elsewhere in the process does not cancel it, unlike the POSIX locks
 //! beneath SQLite.
 //!
-//! Uses: `host`, `sys`, `stats`, `error`.
+//! Uses: `fork`, `host`, `sys`, `stats`, `error`.
 
 use std::cell::{Cell, RefCell};
 use std::ffi::{CStr, CString, OsStr, c_int};
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
 use crate::error::rc;
+use crate::fork;
 use crate::host::Host;
 use crate::stats;
 use crate::sys::{self, Attributes, Create, ErrnoGuard, FileId};
@@ -83,6 +84,8 @@ pub struct LockFile {
     refusals: Cell<u32>,
     has_warned_unlocked: Cell<bool>,
     has_warned_self_deadlock: Cell<bool>,
+    /// The `fork::generation` that this belongs to.
+    generation: u32,
 }
 
 #[derive(Debug)]
@@ -112,6 +115,7 @@ impl LockFile {
             refusals: Cell::new(0),
             has_warned_unlocked: Cell::new(false),
             has_warned_self_deadlock: Cell::new(false),
+            generation: fork::generation(),
         }
     }
 
@@ -138,7 +142,7 @@ impl LockFile {
                 return Ok(acquired);
             }
             // Closing the stale descriptor releases its flock.
-            *slot = None;
+            close(&mut slot);
             stats::REPLACED.increment();
             self.host.log(
                 rc::WARNING,
@@ -211,6 +215,7 @@ impl LockFile {
         if !attributes.is_regular() {
             return Err(self.not_regular(&attributes));
         }
+        fork::close_in_child(fd.as_raw_fd());
         Ok(Descriptor { fd, id: attributes.id, in_place_at: None })
     }
 
@@ -219,6 +224,9 @@ impl LockFile {
         self.held.set(false);
         let _errno = ErrnoGuard::new();
         stats::RELEASED.increment();
+        if self.is_inherited() {
+            return; // LOCK_UN would unlock the parent's description
+        }
         let mut descriptor = self.descriptor.borrow_mut();
         let Some(Descriptor { fd, .. }) = descriptor.as_ref() else {
             return; // granted without a lock file (Fallback::Unlocked)
@@ -229,7 +237,7 @@ impl LockFile {
                 &format!("kanbanlock: {} cannot be unlocked: {error}; closing it", self.path().display()),
             );
             // "the lock is released … when all such file descriptors have been closed", flock(2).
-            *descriptor = None;
+            close(&mut descriptor);
         }
     }
 
@@ -270,6 +278,11 @@ impl LockFile {
                 ),
             );
         }
+    }
+
+    /// True in the child of a fork, for what the parent opened.
+    fn is_inherited(&self) -> bool {
+        self.generation != fork::generation()
     }
 
     /// Fail closed, unless the user has chosen not to.
@@ -405,6 +418,17 @@ impl Drop for LockFile {
     fn drop(&mut self) {
         // Row C1: the descriptor closes here. Count the release if xClose came with the gate held.
         self.release();
+        if self.is_inherited() {
+            // The child's atfork handler has closed it; the number may be anything by now.
+            std::mem::forget(self.descriptor.take());
+        }
+        close(&mut self.descriptor.borrow_mut());
+    }
+}
+
+fn close(descriptor: &mut Option<Descriptor>) {
+    if let Some(Descriptor { fd, .. }) = descriptor.take() {
+        fork::forget(fd.as_raw_fd());
     }
 }
 

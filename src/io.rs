@@ -74,7 +74,9 @@ unsafe extern "C" fn x_close(file: *mut sqlite3_file) -> c_int {
 unsafe extern "C" fn x_lock(file: *mut sqlite3_file, level: c_int) -> c_int {
     // SAFETY: SQLite's call.
     let file = unsafe { handle(file) };
-    file.guarded(rc::IOERR_LOCK, |open, real| open.driver.x_lock(&real, level, || open.shm_exists()))
+    file.guarded(rc::IOERR_LOCK, |open, real| {
+        open.unless_inherited(rc::IOERR_LOCK, || open.driver.x_lock(&real, level, || open.shm_exists()))
+    })
 }
 
 unsafe extern "C" fn x_unlock(file: *mut sqlite3_file, level: c_int) -> c_int {
@@ -86,13 +88,42 @@ unsafe extern "C" fn x_unlock(file: *mut sqlite3_file, level: c_int) -> c_int {
 unsafe extern "C" fn x_shm_lock(file: *mut sqlite3_file, offset: c_int, count: c_int, flags: c_int) -> c_int {
     // SAFETY: SQLite's call.
     let file = unsafe { handle(file) };
-    file.guarded(rc::IOERR_SHMLOCK, |open, real| open.driver.x_shm_lock(&real, offset, count, flags))
+    file.guarded(rc::IOERR_SHMLOCK, |open, real| {
+        open.unless_inherited(rc::IOERR_SHMLOCK, || open.driver.x_shm_lock(&real, offset, count, flags))
+    })
 }
 
 unsafe extern "C" fn x_shm_unmap(file: *mut sqlite3_file, delete: c_int) -> c_int {
     // SAFETY: SQLite's call.
     let file = unsafe { handle(file) };
     file.guarded(rc::IOERR_SHMLOCK, |open, real| open.driver.x_shm_unmap(&real, delete))
+}
+
+// The methods that change the file: not in the child of a fork. ----------------------------------------------
+
+unsafe extern "C" fn x_write(
+    file: *mut sqlite3_file,
+    buffer: *const c_void,
+    amount: c_int,
+    offset: sqlite3_int64,
+) -> c_int {
+    // SAFETY: SQLite's call.
+    let file = unsafe { handle(file) };
+    file.guarded(rc::IOERR_WRITE, |open, real| {
+        let Some(x_write) = real.method(|methods| methods.xWrite) else { return rc::IOERR_WRITE };
+        // SAFETY: the real file's own method, called with the real file and SQLite's own arguments.
+        open.unless_inherited(rc::IOERR_WRITE, || unsafe { x_write(real.as_ptr(), buffer, amount, offset) })
+    })
+}
+
+unsafe extern "C" fn x_truncate(file: *mut sqlite3_file, size: sqlite3_int64) -> c_int {
+    // SAFETY: SQLite's call.
+    let file = unsafe { handle(file) };
+    file.guarded(rc::IOERR_TRUNCATE, |open, real| {
+        let Some(x_truncate) = real.method(|methods| methods.xTruncate) else { return rc::IOERR_TRUNCATE };
+        // SAFETY: the real file's own method, called with the real file and SQLite's own arguments.
+        open.unless_inherited(rc::IOERR_TRUNCATE, || unsafe { x_truncate(real.as_ptr(), size) })
+    })
 }
 
 // File controls. --------------------------------------------------------------------------------------------
@@ -178,8 +209,6 @@ macro_rules! forward {
 const MISSING: c_int = 10;
 
 forward!(x_read, xRead(buffer: *mut c_void, amount: c_int, offset: sqlite3_int64) -> c_int, missing: MISSING);
-forward!(x_write, xWrite(buffer: *const c_void, amount: c_int, offset: sqlite3_int64) -> c_int, missing: MISSING);
-forward!(x_truncate, xTruncate(size: sqlite3_int64) -> c_int, missing: MISSING);
 forward!(x_sync, xSync(flags: c_int) -> c_int, missing: MISSING);
 forward!(x_file_size, xFileSize(size: *mut sqlite3_int64) -> c_int, missing: MISSING);
 // Forwarded, not answered from the flock: a held gate would make a hot journal look alive.

@@ -21,6 +21,7 @@
 //!   alone, as ever.
 //! - A transaction that begins as a reader (`BEGIN`, `BEGIN DEFERRED`) and then writes still gets SQLITE_BUSY
 //!   at once if another has written meanwhile: no VFS can change that. Use `BEGIN IMMEDIATE`.
+//! - Processes without it lose their own locks by a stray `close()`, as ever.
 //! - Linux only so far, on a local file system.
 //!
 //! # Options
@@ -36,7 +37,7 @@
 //! error log names it. Every refusal and warning of the shim goes to that log:
 //! `rusqlite::trace::config_log`, `sqlite3_config(SQLITE_CONFIG_LOG, …)`.
 //!
-//! `PRAGMA kanbanlock` answers one row of JSON: what holds for this connection, and [`stats`].
+//! `PRAGMA kanbanlock` answers one row of JSON: what holds for this connection, and [`stats()`].
 //!
 //! # How it is built
 //!
@@ -53,10 +54,12 @@ mod driver;
 mod error;
 pub mod ffi;
 mod file;
+mod fork;
 mod gate;
 mod host;
 mod io;
 mod lock;
+mod ofd;
 mod options;
 mod real;
 mod register;

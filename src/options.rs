@@ -107,6 +107,7 @@ pub struct Options {
     pub(crate) name: String,
     pub(crate) real_vfs: Option<String>,
     pub(crate) make_default: bool,
+    pub(crate) close_proof: bool,
     pub(crate) file: FileOptions,
 }
 
@@ -116,6 +117,7 @@ impl Default for Options {
             name: crate::VFS_NAME.to_owned(),
             real_vfs: None,
             make_default: false,
+            close_proof: true,
             file: FileOptions::default(),
         }
     }
@@ -145,6 +147,16 @@ impl Options {
     #[must_use]
     pub fn make_default(mut self, make_default: bool) -> Options {
         self.make_default = make_default;
+        self
+    }
+
+    /// Close-proof locks (default: true): the unix VFS's locks no longer vanish when some code in this process opens and
+    /// closes the database or its `-shm`. They are installed once for the whole copy of SQLite, for good, and protect its
+    /// plain `unix` connections too. Without support (another real VFS, no `/proc`) they stay off, with a line in the log;
+    /// `PRAGMA kanbanlock` says which.
+    #[must_use]
+    pub fn close_proof(mut self, close_proof: bool) -> Options {
+        self.close_proof = close_proof;
         self
     }
 

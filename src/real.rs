@@ -49,6 +49,28 @@ impl RealVfs {
         name.to_string_lossy().into_owned()
     }
 
+    /// `xGetSystemCall`: `None` if there is no such method, or no such call.
+    pub fn system_call(self, name: &CStr) -> Option<unsafe extern "C" fn()> {
+        let methods = self.methods();
+        let x_get_system_call = methods.xGetSystemCall.filter(|_| methods.iVersion >= 3)?;
+        methods.xSetSystemCall?;
+        // SAFETY: the method of the real VFS, called with the real VFS and a NUL-terminated name.
+        unsafe { x_get_system_call(self.as_ptr(), name.as_ptr()) }
+    }
+
+    /// `xSetSystemCall`, for a call that [`RealVfs::system_call`] has found.
+    ///
+    /// # Safety
+    ///
+    /// `call` is a function of the type that the real VFS calls under that name, and may be called until the process
+    /// ends.
+    pub unsafe fn set_system_call(self, name: &CStr, call: unsafe extern "C" fn()) {
+        let Some(x_set_system_call) = self.methods().xSetSystemCall else { return };
+        // SAFETY: the method of the real VFS, called with the real VFS and a NUL-terminated name; the caller vouches
+        // for `call`.
+        unsafe { x_set_system_call(self.as_ptr(), name.as_ptr(), Some(call)) };
+    }
+
     /// `xOpen`
     ///
     /// # Safety
@@ -68,7 +90,7 @@ impl RealVfs {
     }
 }
 
-/// An open file of the real VFS, in the memory behind a [`ShimFile`](crate::file::ShimFile).
+/// An open file of the real VFS, in the memory behind a `ShimFile` (`file.rs`).
 #[derive(Clone, Copy, Debug)]
 pub struct RealFile(NonNull<ffi::sqlite3_file>);
 

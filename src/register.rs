@@ -7,7 +7,7 @@
 //! - Registering again with equal options changes nothing, except that it repairs what `sqlite3_shutdown` and
 //!   initialize undo ("unix" is then the default again).
 //!
-//! Uses: `vfs`, `shim`, `host`, `real`, `options`, `ffi`, `error`.
+//! Uses: `vfs`, `shim`, `fork`, `ofd`, `host`, `real`, `options`, `ffi`, `error`.
 
 use std::ffi::CString;
 use std::ptr::NonNull;
@@ -17,7 +17,9 @@ use once_cell::sync::OnceCell;
 
 use crate::error::{RegisterError, rc};
 use crate::ffi;
+use crate::fork;
 use crate::host::{Host, HostApi};
+use crate::ofd;
 use crate::options::Options;
 use crate::real::RealVfs;
 use crate::shim::Shim;
@@ -78,6 +80,10 @@ pub unsafe fn register_with(api: HostApi, options: &Options) -> Result<(), Regis
     let is_first_of_copy = !registry.iter().any(|one| one.shim.host.is_same_copy(&host));
     registry.push(registered);
     drop(registry);
+    fork::install();
+    if options.close_proof {
+        install_close_proof_locks(shim);
+    }
     if is_first_of_copy && host.has_wal_reset_race() {
         warn_of_wal_reset_race(&host);
     }
@@ -107,6 +113,19 @@ fn find_real(host: &Host, options: &Options, registry: &[Registered]) -> Result<
         // DOTLOCK_SUFFIX in os_unix.c: a directory at "<db>.lock".
         name if name == "unix-dotfile" => Err(RegisterError::RealVfsUsesLockFile { name }),
         _ => Ok(real),
+    }
+}
+
+fn install_close_proof_locks(shim: &Shim) {
+    if let Err(reason) = ofd::install(shim.host, shim.real) {
+        shim.host.log(
+            rc::WARNING,
+            &format!(
+                "kanbanlock: no close-proof locks for VFS {:?}: {reason}. A close() of the database elsewhere in \
+                 this process cancels SQLite's own locks",
+                shim.name
+            ),
+        );
     }
 }
 

@@ -38,7 +38,7 @@ pub static UNLOCKED: Counter = Counter::new();
 /// A WAL restart was put off by the reset guard.
 pub static RESETS_DEFERRED: Counter = Counter::new();
 
-/// What kanbanlock has done in this process so far; see [`stats`](crate::stats).
+/// What kanbanlock has done in this process so far; see [`stats`](crate::stats()).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Stats {

@@ -12,7 +12,7 @@
 use std::ffi::{CStr, c_int};
 use std::io;
 use std::mem::MaybeUninit;
-use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
 /// Restores errno, as it was when this was made, on drop.
 #[derive(Debug)]
@@ -25,6 +25,11 @@ impl ErrnoGuard {
     pub fn new() -> ErrnoGuard {
         ErrnoGuard(io::Error::last_os_error().raw_os_error().unwrap_or(0))
     }
+}
+
+/// Sets errno.
+pub fn set_errno(errno: c_int) {
+    drop(ErrnoGuard(errno));
 }
 
 impl Drop for ErrnoGuard {
@@ -201,6 +206,76 @@ fn flock(fd: BorrowedFd<'_>, operation: c_int) -> io::Result<()> {
         unsafe { libc::flock(fd.as_raw_fd(), operation) }
     })
     .map(|_| ())
+}
+
+/// True if `fd` was opened O_RDONLY. fcntl(2), F_GETFL
+pub fn is_read_only(fd: BorrowedFd<'_>) -> io::Result<bool> {
+    // SAFETY: `fd` is borrowed, hence open; F_GETFL takes no argument.
+    let flags = unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_GETFL) };
+    check(flags)?;
+    Ok(flags & libc::O_ACCMODE == libc::O_RDONLY)
+}
+
+/// A new open file description, O_CLOEXEC, of the file that `fd` is open on: "for file descriptors for … files,
+/// /proc/pid/fd/ entries are symbolic links to the file", which open(2) follows even where it was unlinked. proc(5)
+///
+/// Its number is 3 or more: a library that is careless with the standard descriptors must not write into a database.
+pub fn reopen(fd: BorrowedFd<'_>, access_mode: c_int) -> io::Result<OwnedFd> {
+    let path = format!("/proc/self/fd/{}\0", fd.as_raw_fd());
+    let flags = access_mode | libc::O_CLOEXEC | libc::O_NONBLOCK | libc::O_NOCTTY;
+    let new = retry_eintr(|| {
+        // SAFETY: `path` is NUL-terminated and outlives the call; without O_CREAT there is no third argument.
+        unsafe { libc::open(path.as_ptr().cast(), flags) }
+    })?;
+    // SAFETY: open(2) has just returned this descriptor, so it is open and nobody else's to close.
+    let new = unsafe { OwnedFd::from_raw_fd(new) };
+    if new.as_raw_fd() >= 3 {
+        return Ok(new);
+    }
+    // SAFETY: `new` is open; F_DUPFD_CLOEXEC takes an int: "the lowest-numbered available file descriptor greater than
+    // or equal to arg". It shares the open file description, of which `new` is about to let go.
+    let high = unsafe { libc::fcntl(new.as_raw_fd(), libc::F_DUPFD_CLOEXEC, 3) };
+    check(high)?;
+    // SAFETY: fcntl(2) has just returned this descriptor.
+    Ok(unsafe { OwnedFd::from_raw_fd(high) })
+}
+
+/// Every open descriptor of this process, with what it is open on. proc(5)
+pub fn open_descriptors() -> io::Result<Vec<(RawFd, FileId)>> {
+    let mut descriptors = Vec::new();
+    for entry in std::fs::read_dir("/proc/self/fd")? {
+        let Some(fd) = entry?.file_name().to_str().and_then(|name| name.parse().ok()) else { continue };
+        if let Some(id) = id_of(fd) {
+            descriptors.push((fd, id));
+        }
+    }
+    Ok(descriptors)
+}
+
+/// True if descriptor number `fd` is open, on this file.
+pub fn is_open_on(fd: RawFd, id: FileId) -> bool {
+    id_of(fd) == Some(id)
+}
+
+fn id_of(fd: RawFd) -> Option<FileId> {
+    if fd < 0 {
+        return None;
+    }
+    // SAFETY: fstat(2) alone is done with it, which answers EBADF if the number is not open: nothing is assumed of it.
+    fstat(unsafe { BorrowedFd::borrow_raw(fd) }).ok().map(|attributes| attributes.id)
+}
+
+/// True if this process holds POSIX locks that it got through descriptor number `fd`: the `lock:` lines of
+/// `/proc/self/fdinfo/FD`. proc(5). If that cannot be read, true.
+pub fn holds_posix_locks(fd: RawFd) -> bool {
+    std::fs::read_to_string(format!("/proc/self/fdinfo/{fd}"))
+        .map_or(true, |info| info.lines().any(|line| line.starts_with("lock:") && line.contains("POSIX")))
+}
+
+/// The path that `fd` is open on, for a message.
+pub fn path_of(fd: BorrowedFd<'_>) -> std::path::PathBuf {
+    let link = format!("/proc/self/fd/{}", fd.as_raw_fd());
+    std::fs::read_link(&link).unwrap_or_else(|_| link.into())
 }
 
 #[inline]

@@ -92,6 +92,35 @@ impl Drop for SystemConnection<'_> {
     }
 }
 
+/// With close-proof locks even the plain unix VFSes of two copies exclude each other, readers included, once both have
+/// registered.
+#[test]
+fn close_proof_locks_exclude_between_two_copies() {
+    let Some(system) = System::load() else {
+        println!("SKIPPED: the system has no libsqlite3.so.0 (Debian: libsqlite3-0)");
+        return;
+    };
+    kanbanlock::register().unwrap();
+    // SAFETY: System::api.
+    unsafe { register_with(system.api(), &Options::new()) }.unwrap();
+    for journal_mode in ["delete", "wal"] {
+        let db = TestDb::new();
+        let bundled = db.open("unix");
+        support::set_journal_mode(&bundled, journal_mode);
+        bundled.execute_batch("CREATE TABLE t (x)").unwrap();
+        let other = SystemConnection::open(&system, &format!("file:{}?vfs=unix", db.path().display()));
+        assert_eq!(other.execute("BEGIN IMMEDIATE; INSERT INTO t VALUES (1)"), ffi::SQLITE_OK);
+        assert_eq!(code(bundled.execute_batch("BEGIN IMMEDIATE")), ffi::SQLITE_BUSY, "{journal_mode}");
+        assert_eq!(other.execute("COMMIT"), ffi::SQLITE_OK);
+        bundled.execute_batch("BEGIN; SELECT * FROM t").unwrap();
+        if journal_mode == "delete" {
+            assert_eq!(other.execute("INSERT INTO t VALUES (2)"), ffi::SQLITE_BUSY, "the other copy reads");
+        }
+        bundled.execute_batch("COMMIT").unwrap();
+        assert_eq!(other.execute("INSERT INTO t VALUES (2)"), ffi::SQLITE_OK);
+    }
+}
+
 #[test]
 fn two_copies_of_sqlite_in_one_process_have_a_registration_each_and_one_gate() {
     let Some(system) = System::load() else {
@@ -128,17 +157,19 @@ fn two_copies_of_sqlite_in_one_process_have_a_registration_each_and_one_gate() {
     }
 }
 
-/// That the gate is needed: on the plain unix VFS both copies get BEGIN IMMEDIATE.
+/// That something is needed: in a process without kanbanlock both copies get BEGIN IMMEDIATE.
 #[test]
-fn on_the_plain_unix_vfs_two_copies_do_not_exclude_each_other() {
+fn without_kanbanlock_two_copies_do_not_exclude_each_other() {
     let Some(system) = System::load() else {
         println!("SKIPPED: the system has no libsqlite3.so.0 (Debian: libsqlite3-0)");
         return;
     };
-    let db = TestDb::new();
-    let bundled = db.open("unix");
-    bundled.execute_batch("CREATE TABLE t (x)").unwrap();
-    let other = SystemConnection::open(&system, &format!("file:{}?vfs=unix", db.path().display()));
-    assert_eq!(other.execute("BEGIN IMMEDIATE"), ffi::SQLITE_OK);
-    bundled.execute_batch("BEGIN IMMEDIATE").unwrap();
+    support::in_own_process("without_kanbanlock_two_copies_do_not_exclude_each_other", || {
+        let db = TestDb::new();
+        let bundled = db.open("unix");
+        bundled.execute_batch("CREATE TABLE t (x)").unwrap();
+        let other = SystemConnection::open(&system, &format!("file:{}?vfs=unix", db.path().display()));
+        assert_eq!(other.execute("BEGIN IMMEDIATE"), ffi::SQLITE_OK);
+        bundled.execute_batch("BEGIN IMMEDIATE").unwrap();
+    });
 }

@@ -23,6 +23,7 @@ use rusqlite::Connection;
 use serde::{Deserialize, Serialize};
 
 const ROLE: &str = "KANBANLOCK_TEST_AGENT";
+const STOCK: &str = "KANBANLOCK_TEST_AGENT_STOCK";
 
 /// What an agent can do.
 #[derive(Debug, Serialize, Deserialize)]
@@ -41,6 +42,16 @@ pub enum Task {
     Unflock,
     /// kanbanlock's lines in SQLite's log.
     Log,
+    /// Register kanbanlock now (in a stock agent).
+    Register,
+    /// Open the file and close it again, as any code in the process might.
+    StrayClose(PathBuf),
+    /// fork(2): the child lives until this agent's socket is closed by everybody. Answers its pid.
+    Fork,
+    /// In a forked child: execute on the inherited connection; answers what the child saw.
+    ExecuteInChild(String),
+    /// The number of open descriptors.
+    CountDescriptors,
     /// One stat(2) of a path that is not there, to be found in a trace of system calls.
     Mark(PathBuf),
 }
@@ -58,6 +69,20 @@ pub struct Agent {
 impl Agent {
     pub fn start() -> Agent {
         Agent::run(Command::new(std::env::current_exe().unwrap()))
+    }
+
+    /// An agent that does not register kanbanlock: plain SQLite.
+    pub fn stock() -> Agent {
+        let mut command = Command::new(std::env::current_exe().unwrap());
+        command.env(STOCK, "1");
+        Agent::run(command)
+    }
+
+    /// The same, with the database open through the plain unix VFS.
+    pub fn stock_with_db(path: &Path) -> Agent {
+        let mut agent = Agent::stock();
+        agent.ask(&Task::Open(format!("file:{}?vfs=unix", path.display()))).unwrap();
+        agent
     }
 
     /// An agent that is not root (uid 65534, if this process is root).
@@ -165,7 +190,9 @@ pub fn serve_if_asked() {
         return;
     }
     super::log::install();
-    kanbanlock::register().unwrap();
+    if std::env::var_os(STOCK).is_none() {
+        kanbanlock::register().unwrap();
+    }
     let stdin = std::io::stdin();
     let mut replies = UnixStream::from(reply_socket());
     let mut worker = Worker::default();
@@ -229,6 +256,17 @@ impl Worker {
                 self.flock = None;
                 ok()
             }
+            Task::Register => {
+                kanbanlock::register().unwrap();
+                ok()
+            }
+            Task::StrayClose(path) => {
+                drop(File::open(path).unwrap());
+                ok()
+            }
+            Task::Fork => Ok(fork_idle_child().to_string()),
+            Task::ExecuteInChild(sql) => execute_in_child(self.db(), &sql),
+            Task::CountDescriptors => Ok(std::fs::read_dir("/proc/self/fd").unwrap().count().to_string()),
             Task::Mark(path) => {
                 assert!(std::fs::metadata(path).is_err());
                 ok()
@@ -243,6 +281,39 @@ impl Worker {
     fn db(&self) -> &Connection {
         self.db.as_ref().expect("Task::Open first")
     }
+}
+
+/// A child that does nothing but live until it is killed with its process group, or the test ends.
+fn fork_idle_child() -> i32 {
+    // SAFETY: the child calls nothing but pause(2), which is async-signal-safe, and never returns into Rust.
+    let pid = unsafe { libc::fork() };
+    if pid == 0 {
+        // SAFETY: the child goes when its parent's test does: PR_SET_PDEATHSIG would be too early (the test kills the
+        // parent), so an alarm ends it at the latest.
+        unsafe { libc::alarm(60) };
+        loop {
+            // SAFETY: no arguments.
+            unsafe { libc::pause() };
+        }
+    }
+    pid
+}
+
+/// Executes `sql` on the inherited connection in a forked child, and tells through its exit status.
+fn execute_in_child(db: &Connection, sql: &str) -> Reply {
+    // SAFETY: the agent's worker thread forks while its other thread (libtest's main) only waits; the child uses the
+    // connection, which is what the test is about, and leaves by _exit(2).
+    let pid = unsafe { libc::fork() };
+    if pid == 0 {
+        let refused = db.execute_batch(sql).is_err();
+        // SAFETY: no destructors, no libtest.
+        unsafe { libc::_exit(i32::from(refused)) };
+    }
+    let mut status = 0;
+    // SAFETY: our own child.
+    assert_eq!(unsafe { libc::waitpid(pid, &raw mut status, 0) }, pid);
+    Ok(if libc::WIFEXITED(status) && libc::WEXITSTATUS(status) == 1 { "refused" } else { "executed" }
+        .to_owned())
 }
 
 fn failure(error: rusqlite::Error) -> (i32, String) {

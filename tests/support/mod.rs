@@ -116,6 +116,20 @@ impl Stack {
     }
 }
 
+/// Runs `body` in a process of its own, for what is the whole process's business: this binary again, with this one
+/// test. `test` is the name of the calling test.
+pub fn in_own_process(test: &str, body: impl FnOnce()) {
+    const OWN: &str = "KANBANLOCK_TEST_OWN_PROCESS";
+    if std::env::var_os(OWN).is_some() {
+        return body();
+    }
+    let mut command = std::process::Command::new(std::env::current_exe().unwrap());
+    let output = command.args(["--exact", test, "--nocapture"]).env(OWN, "1").output().unwrap();
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+    assert!(output.status.success(), "{}\n{}", text(&output.stdout), text(&output.stderr));
+    assert!(text(&output.stdout).contains("1 passed"), "no such test: {test}");
+}
+
 /// A VFS name that no other test of this process uses.
 pub fn unique(prefix: &str) -> &'static str {
     static NEXT: AtomicUsize = AtomicUsize::new(0);

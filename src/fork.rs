@@ -1,0 +1,105 @@
+//! fork(2): what a child process inherits, and must let go of at once.
+//!
+//! ## The bug
+//! A child inherits the parent's open file descriptions. Flocks and OFD locks belong to those, not to the process: if
+//! the parent dies, its lock lives on as long as the child has the descriptor open, and every writer waits for a
+//! process that knows nothing of it.
+//!
+//! ## Key operations
+//! `pthread_atfork` handlers. *prepare* takes the mutexes, so that the child finds whole tables; *parent* gives them
+//! back. *child* closes every lock file and every canonical description: close(2), never LOCK_UN or F_UNLCK, which
+//! would unlock the description that the parent still uses. And it starts a new *generation*.
+//!
+//! ## Invariants
+//! - A database file that was opened in an older generation takes no lock and writes nothing (`file.rs`): its
+//!   descriptors' numbers may be anything by now, and the transaction it may be in is the parent's. SQLite forbids such
+//!   use anyway: "do not open an SQLite database connection, then fork(2), then try to use that database connection in
+//!   the child process" (<https://www.sqlite.org/howtocorrupt.html#_carrying_an_open_database_connection_across_a_fork_>).
+//! - A descriptor of an older generation is forgotten, not closed: the number may be in use again.
+//!
+//! Not covered: vfork(2), clone(2) and a raw fork system call run no handlers. A child that execs at once is fine
+//! in any case: every descriptor is O_CLOEXEC.
+//!
+//! Uses: `ofd`.
+
+use std::cell::UnsafeCell;
+use std::os::fd::RawFd;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use once_cell::sync::OnceCell;
+
+use crate::ofd;
+
+static GENERATION: AtomicU32 = AtomicU32::new(0);
+
+/// The descriptors of all open lock files.
+static LOCK_FILES: Mutex<Vec<RawFd>> = Mutex::new(Vec::new());
+
+/// How many forks lie between the first process and this one.
+#[inline]
+pub fn generation() -> u32 {
+    GENERATION.load(Ordering::Relaxed)
+}
+
+/// The child of a fork will close `fd`.
+pub fn close_in_child(fd: RawFd) {
+    lock_files().push(fd);
+}
+
+/// `fd` is about to be closed.
+pub fn forget(fd: RawFd) {
+    lock_files().retain(|known| *known != fd);
+}
+
+fn lock_files() -> MutexGuard<'static, Vec<RawFd>> {
+    // A push or a retain of numbers leaves the list whole.
+    LOCK_FILES.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Installs the handlers, once.
+pub fn install() {
+    static ONCE: OnceCell<()> = OnceCell::new();
+    ONCE.get_or_init(|| {
+        // SAFETY: three functions that may run at any fork until the process ends; a failure (ENOMEM) installs none,
+        // and a child then keeps what it would have kept without us.
+        let _ = unsafe { libc::pthread_atfork(Some(prepare), Some(parent), Some(child)) };
+    });
+}
+
+type Guards = (MutexGuard<'static, Vec<RawFd>>, ofd::TableGuard);
+
+/// The mutexes, from `prepare` to `parent` or `child`, which run on the same thread.
+struct Held(UnsafeCell<Option<Guards>>);
+
+// SAFETY: touched by the handlers only, and by one thread at a time: whoever is between prepare and parent or child
+// holds the mutexes that are in it, so another thread's prepare waits before it gets here.
+unsafe impl Sync for Held {}
+
+static HELD: Held = Held(UnsafeCell::new(None));
+
+extern "C" fn prepare() {
+    let guards = (lock_files(), ofd::lock_for_fork());
+    // SAFETY: the mutexes are ours now, so nobody else touches it (Held).
+    unsafe { *HELD.0.get() = Some(guards) };
+}
+
+fn take_guards() -> Option<Guards> {
+    // SAFETY: after prepare on this thread, which still has the mutexes (Held).
+    unsafe { (*HELD.0.get()).take() }
+}
+
+extern "C" fn parent() {
+    drop(take_guards());
+}
+
+extern "C" fn child() {
+    GENERATION.fetch_add(1, Ordering::Relaxed);
+    let Some((mut lock_files, table)) = take_guards() else { return };
+    for fd in lock_files.drain(..) {
+        // SAFETY: the lock file's descriptor, inherited: the file object that owned it belongs to an older generation
+        // from now on, and forgets it instead of closing it.
+        unsafe { libc::close(fd) };
+    }
+    table.close_all_in_child();
+}
