@@ -174,15 +174,16 @@ impl FileHandle {
         unsafe { RealFile::new(behind.cast()) }
     }
 
-    /// "pMethods = NULL before anything can fail": then SQLite will not call xClose after a failed xOpen.
+    /// "pMethods = NULL before anything can fail", here and in the real file behind: the memory is not zeroed, and a real
+    /// VFS may fail without having touched it. (SQLite will not call xClose then, nor shall we.)
     pub fn set_closed(self) {
+        let no_methods = || ffi::sqlite3_file { pMethods: std::ptr::null() };
+        // SAFETY: FileHandle::new: szOsFile bytes, of which ShimFile is only the first part (shim_file_size).
+        let behind = unsafe { self.0.add(1) };
+        // SAFETY: the real file starts there, and its first field, pMethods, is a plain pointer, written without being read.
+        unsafe { behind.cast::<ffi::sqlite3_file>().write(no_methods()) };
         // SAFETY: FileHandle::new: writable memory; both fields are plain pointers, written without being read.
-        unsafe {
-            self.0.write(ShimFile {
-                base: ffi::sqlite3_file { pMethods: std::ptr::null() },
-                open: std::ptr::null_mut(),
-            })
-        }
+        unsafe { self.0.write(ShimFile { base: no_methods(), open: std::ptr::null_mut() }) }
     }
 
     /// Hands the file to SQLite.

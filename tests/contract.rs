@@ -146,6 +146,23 @@ fn a_real_open_that_fails_half_way_is_closed() {
     assert!(file.methods_ptr().is_null());
 }
 
+/// A real VFS that fails without setting pMethods (sqlite-vfs does) leaves what was in the memory: it must not be called.
+#[test]
+fn a_real_open_that_fails_carelessly_is_not_closed() {
+    struct FailOpen;
+    impl Observer for FailOpen {
+        fn before(&self, call: Call<'_>) -> Option<c_int> {
+            (call.method == Method::Open && call.kind == FileKind::Database).then_some(ffi::SQLITE_IOERR)
+        }
+    }
+    let stack = Stack::new(Arc::new(FailOpen));
+    let db = TestDb::new();
+    let path = db.path().to_str().unwrap();
+    let (code, mut file) = RawFile::open(stack.kanbanlock, path, &[], MAIN_DB).err().unwrap();
+    assert_eq!(code, ffi::SQLITE_IOERR);
+    assert!(file.methods_ptr().is_null());
+}
+
 /// The real VFS gets the same name pointer: URI parameters live behind its NUL. unix reads `psow` from there.
 #[test]
 fn uri_parameters_reach_the_real_vfs() {

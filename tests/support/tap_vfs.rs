@@ -233,12 +233,12 @@ unsafe extern "C" fn x_open(
         unsafe { CStr::from_ptr(name) }.to_string_lossy().into_owned()
     };
     let kind = FileKind::from_flags(flags);
-    // SAFETY: szOsFile bytes, aligned.
-    unsafe { (*file).pMethods = std::ptr::null() };
     let call = Call { method: Method::Open, kind, path: &path };
     if let Some(code) = registered.tap.observer.before(call) {
-        return code;
+        return code; // and pMethods is left as it was found: some VFSes are as careless as that
     }
+    // SAFETY: szOsFile bytes, aligned.
+    unsafe { (*file).pMethods = std::ptr::null() };
     // SAFETY: room behind ours.
     let below = unsafe { beneath(file) };
     // SAFETY: SQLite's own arguments.
