@@ -13,7 +13,7 @@
 //! Commands and replies are JSON lines. Every command is answered, so tests wait for answers and need no sleep.
 
 use std::fs::File;
-use std::io::{BufRead, BufReader, Write};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -149,6 +149,11 @@ impl Agent {
         self.receive()
     }
 
+    /// Lets a task go on that has called [`pause`].
+    pub fn resume(&mut self) {
+        self.requests.write_all(b"\n").unwrap();
+    }
+
     pub fn execute(&mut self, sql: &str) -> Reply {
         self.ask(&Task::Execute(sql.to_owned()))
     }
@@ -186,13 +191,21 @@ impl Drop for Agent {
 
 /// The agent's main function, if this process is one.
 pub fn serve_if_asked() {
+    serve_if_asked_with(|_| ());
+}
+
+/// The same, with VFSes of the test's own: in an agent, `register_more` registers them, and is told whether
+/// kanbanlock is registered (it is not in a stock agent).
+pub fn serve_if_asked_with(register_more: impl FnOnce(bool)) {
     if std::env::var_os(ROLE).is_none() {
         return;
     }
     super::log::install();
-    if std::env::var_os(STOCK).is_none() {
+    let is_shimmed = std::env::var_os(STOCK).is_none();
+    if is_shimmed {
         kanbanlock::register().unwrap();
     }
+    register_more(is_shimmed);
     let stdin = std::io::stdin();
     let mut replies = UnixStream::from(reply_socket());
     let mut worker = Worker::default();
@@ -207,6 +220,18 @@ pub fn serve_if_asked() {
     }
     // Skip libtest's own ending: the parent has closed its end, so nobody is interested.
     std::process::exit(0);
+}
+
+/// Stops an agent in the middle of a task, from an observer of a call that the task makes. The parent receives
+/// `note` ahead of the task's own answer, and lets the task go on with [`Agent::resume`].
+pub fn pause(note: &str) {
+    let mut parent = UnixStream::from(reply_socket());
+    let mut line = serde_json::to_vec(&Reply::Ok(note.to_owned())).unwrap();
+    line.push(b'\n');
+    parent.write_all(&line).unwrap();
+    // Past the buffer of our own standard input, which is empty: the parent sends nothing before an answer.
+    let mut newline = [0];
+    parent.read_exact(&mut newline).unwrap();
 }
 
 /// The socket is our standard input; it is also where the replies go.
