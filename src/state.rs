@@ -5,7 +5,7 @@
 //! could leave wrong ([`State::wants_gate`]):
 //!
 //! ```text
-//! reason 1   level >= RESERVED                          (unless the gate is lent, row L7w)
+//! reason 1   level >= RESERVED                          (unless the gate is lent, rows L2w, L7w)
 //! reason 2   WRITE, asked for while this file held a READ slot or CKPT: a write transaction, a checkpoint
 //! reason 3   CKPT, when the checkpoint policy is `gate`
 //! ```
@@ -18,10 +18,15 @@
 //! `*_done` also names the row of the table that it followed; tests hold each row against a second copy of
 //! the table (`tests/transitions.rs`).
 //!
+//! Row L2w: in WAL mode RESERVED is asked for by `sqlite3PagerSetJournalMode` alone, to delete an old rollback journal,
+//! and `pager_unlock` may leave it behind for the life of the connection. It protects no write of the database file, so
+//! the gate is lent, as in L7w, until EXCLUSIVE is asked for.
+//!
 //! | row | before | call | gate | real result | after |
 //! |---|---|---|---|---|---|
 //! | L1 | NONE | xLock SHARED | – | any | gate unchanged |
 //! | L2 | SHARED | xLock RESERVED | try; refused → BUSY, real not called | OK | RESERVED, held |
+//! | L2w | SHARED, READ slot held | xLock RESERVED | – | any | if OK, RESERVED, lent |
 //! | L3 | SHARED | xLock RESERVED | taken | not OK | SHARED, release, forward rc |
 //! | L4 | SHARED | xLock EXCLUSIVE | try; refused → BUSY, real not called | OK | EXCLUSIVE, held |
 //! | L5 | SHARED | xLock EXCLUSIVE | taken | not OK | SHARED, release |
@@ -103,6 +108,7 @@ pub enum Reply {
 pub enum Row {
     L1,
     L2,
+    L2w,
     L3,
     L4,
     L5,
@@ -137,7 +143,7 @@ pub struct State {
     shared: ShmSlots,
     /// The part of `excl` that is a reason to hold the gate (reasons 2 and 3).
     gated: ShmSlots,
-    /// Row L7w: level is RESERVED or PENDING, but the gate is lent until the next xLock EXCLUSIVE.
+    /// Rows L2w, L7w: level is RESERVED or PENDING, but the gate is lent until the next xLock EXCLUSIVE.
     lent: bool,
     /// Rows G1–G4: the reset guard holds CKPT on the real file, unknown to SQLite.
     guarded: bool,
@@ -182,7 +188,11 @@ impl State {
     /// Before `xLock(to)`.
     #[inline]
     pub fn ask_lock(&self, to: LockLevel) -> Ask {
-        if self.is_upgrade(to) { self.ask_gate() } else { Ask::Forward }
+        match self.is_upgrade(to) {
+            true if self.poisoned => Ask::Refuse,
+            true if !self.reserves_in_wal_mode(to) => self.ask_gate(),
+            _ => Ask::Forward,
+        }
     }
 
     /// After `xLock(to)` was forwarded. `shm_exists` is called only where row L7 must be told from L7w.
@@ -194,6 +204,10 @@ impl State {
             (before, to) if before >= to => (self, Row::L8),
             (None, Shared) if ok => (State { level: Shared, ..self }, Row::L1),
             (None, Shared) => (self, Row::L1),
+            (Shared, Reserved) if self.reserves_in_wal_mode(to) && ok => {
+                (State { level: Reserved, lent: true, ..self }, Row::L2w)
+            }
+            (Shared, Reserved) if self.reserves_in_wal_mode(to) => (self, Row::L2w),
             (Shared, Reserved) if ok => (State { level: Reserved, ..self }, Row::L2),
             (Shared, Reserved) => (self, Row::L3),
             (Shared, Exclusive) if ok => (State { level: Exclusive, ..self }, Row::L4),
@@ -323,6 +337,11 @@ impl State {
         matches!((self.level, to), (Shared, Reserved) | (Shared | Reserved | Pending, Exclusive))
     }
 
+    /// Row L2w.
+    fn reserves_in_wal_mode(&self, to: LockLevel) -> bool {
+        to == LockLevel::Reserved && self.shared.intersects(ShmSlots::READS)
+    }
+
     fn ask_gate(&self) -> Ask {
         match (self.poisoned, self.wants_gate()) {
             (true, _) => Ask::Refuse,
@@ -361,7 +380,7 @@ impl State {
         debug_assert!(!self.excl.intersects(self.shared), "S1, S5: excl and shared are disjoint: {self:?}");
         debug_assert!(
             !self.lent || matches!(self.level, LockLevel::Reserved | LockLevel::Pending),
-            "L7w: only RESERVED and PENDING lend the gate: {self:?}"
+            "L2w, L7w: only RESERVED and PENDING lend the gate: {self:?}"
         );
     }
 }

@@ -243,7 +243,7 @@ struct Account {
     level: c_int,
     excl: u8,
     shared: u8,
-    /// Row L7w.
+    /// Rows L2w, L7w.
     is_lent: bool,
     /// WRITE is held as a writer.
     is_writer: bool,
@@ -266,6 +266,11 @@ impl Account {
         )
     }
 
+    /// Row L2w: an upgrade, but it needs no gate.
+    fn reserves_in_wal_mode(&self, call: Call) -> bool {
+        (self.level, call) == (SHARED, Lock(RESERVED)) && self.shared & READS != 0
+    }
+
     /// WRITE as a writer or checkpointer.
     fn is_write(&self, call: Call) -> bool {
         let is_transaction = self.shared & READS != 0 || self.excl & CKPT != 0;
@@ -274,7 +279,8 @@ impl Account {
 
     fn needs_gate(&self, call: Call, policy: CheckpointPolicy) -> bool {
         let is_checkpoint = policy == CheckpointPolicy::Gate && exclusive_slots(call) == Some(CKPT);
-        self.is_upgrade(call) || self.is_write(call) || is_checkpoint
+        let is_upgrade = self.is_upgrade(call) && !self.reserves_in_wal_mode(call);
+        is_upgrade || self.is_write(call) || is_checkpoint
     }
 
     fn is_reset(&self, call: Call) -> bool {
@@ -357,7 +363,8 @@ impl World {
         let is_writer = code == rc::OK && account.is_write(call);
         // After a panic a real lock may be there that SQLite was not told of. It will not build on it; Act::Raw may.
         let is_raw = account.is_poisoned && !account.is_upgrade(call);
-        if (is_higher || is_writer) && !is_raw && self.gate != Some(Holder::Connection(who)) {
+        let needs_none = is_raw || account.reserves_in_wal_mode(call);
+        if (is_higher || is_writer) && !needs_none && self.gate != Some(Holder::Connection(who)) {
             self.wrong.push(format!("{call:?} is granted while the gate is {:?}", self.gate));
         }
         code
@@ -639,7 +646,7 @@ impl Simulation {
         check(!events.iter().enumerate().any(is_early), "the gate is released before the end")?;
 
         // Not forwarded: poisoned, refused, failed.
-        if before.is_poisoned && (needs_gate || before.is_reset(call)) {
+        if before.is_poisoned && (needs_gate || before.is_upgrade(call) || before.is_reset(call)) {
             self.see("P1: refused");
             check(events.is_empty() && answer == rc::IOERR_LOCK, "poisoned, and yet it goes on")?;
             return self.check_between(who);
@@ -708,6 +715,10 @@ impl Simulation {
                 let is_upgrade = before.is_upgrade(call);
                 if answer == rc::OK && (is_upgrade || (before.level, to) == (NONE, SHARED)) {
                     after.level = to;
+                }
+                if before.reserves_in_wal_mode(call) && answer == rc::OK {
+                    after.is_lent = true;
+                    sight = Some("L2w: RESERVED in WAL mode");
                 }
                 if is_upgrade && to == EXCLUSIVE {
                     let lends = rc::primary(answer) == rc::BUSY && before.level >= RESERVED && shm_exists;
@@ -865,6 +876,7 @@ fn the_driver_keeps_its_order() {
         "the gate fails",
         "the real VFS panics",
         "P1: refused",
+        "L2w: RESERVED in WAL mode",
         "L7w: the gate is lent",
         "L7w: the lent gate is retaken",
         "L11: LOCKSTATE tells",

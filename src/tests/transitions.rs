@@ -244,14 +244,20 @@ struct Rule {
 }
 
 #[rustfmt::skip]
-const TABLE: [Rule; 31] = [
+const TABLE: [Rule; 33] = [
     Rule { id: "L1",  before: |f| f.level == NONE,
            call: |_, c| c == Lock(SHARED), first: First::Nothing,
            answer: any, after: |f, _, a| if a.is_ok() { f.with_level(SHARED) } else { f }, gate: Gate::Same },
-    Rule { id: "L2",  before: |f| is_sane(f) && f.level == SHARED,
+    Rule { id: "L2",  before: |f| is_sane(f) && f.level == SHARED && !reads_wal(f),
            call: |_, c| c == Lock(RESERVED), first: First::TryGate,
            answer: ok, after: |f, _, _| f.with_level(RESERVED), gate: Gate::Held },
-    Rule { id: "L3",  before: |f| is_sane(f) && f.level == SHARED,
+    Rule { id: "L2w", before: |f| is_sane(f) && f.level == SHARED && reads_wal(f),
+           call: |_, c| c == Lock(RESERVED), first: First::Nothing,
+           answer: ok, after: |f, _, _| File { lent: true, ..f.with_level(RESERVED) }, gate: Gate::Same },
+    Rule { id: "L2w", before: |f| is_sane(f) && f.level == SHARED && reads_wal(f),
+           call: |_, c| c == Lock(RESERVED), first: First::Nothing,
+           answer: not_ok, after: same, gate: Gate::Same },
+    Rule { id: "L3",  before: |f| is_sane(f) && f.level == SHARED && !reads_wal(f),
            call: |_, c| c == Lock(RESERVED), first: First::TryGate,
            answer: not_ok, after: same, gate: Gate::UnlessReason },
     Rule { id: "L4",  before: |f| is_sane(f) && f.level == SHARED,
@@ -354,6 +360,11 @@ fn is_sane(file: &File) -> bool {
 /// K1: "a slot held: try"
 fn has_no_slot(file: &File) -> bool {
     file.slots == [Slot::Free; 8]
+}
+
+/// "READ slot held"
+fn reads_wal(file: &File) -> bool {
+    file.holds(READS, &[Slot::Shared])
 }
 
 /// RESERVED, PENDING

@@ -22,6 +22,8 @@ use std::process::{Child, Command, Stdio};
 use rusqlite::Connection;
 use serde::{Deserialize, Serialize};
 
+use super::handles::{Answer, Handles, Order};
+
 const ROLE: &str = "KANBANLOCK_TEST_AGENT";
 const STOCK: &str = "KANBANLOCK_TEST_AGENT_STOCK";
 
@@ -54,6 +56,8 @@ pub enum Task {
     CountDescriptors,
     /// One stat(2) of a path that is not there, to be found in a trace of system calls.
     Mark(PathBuf),
+    /// An order to the database handle of that number; the reply is its [`Answer`] in JSON.
+    Handle(usize, Order),
 }
 
 /// A reply: text, or SQLite's extended result code and message.
@@ -104,6 +108,7 @@ impl Agent {
     }
 
     fn run(mut command: Command) -> Agent {
+        let _fork = super::no_fork_meanwhile();
         let (ours, theirs) = UnixStream::pair().unwrap();
         let process = command
             .args(["--exact", "agent_process", "--nocapture"])
@@ -138,10 +143,13 @@ impl Agent {
 
     /// Waits for the next answer.
     pub fn receive(&mut self) -> Reply {
+        self.receive_or_death().unwrap_or_else(|| panic!("the agent died: {:?}", self.process.wait()))
+    }
+
+    fn receive_or_death(&mut self) -> Option<Reply> {
         let mut line = String::new();
         let length = self.replies.read_line(&mut line).unwrap();
-        assert_ne!(length, 0, "the agent died: {:?}", self.process.wait());
-        serde_json::from_str(&line).unwrap()
+        (length != 0).then(|| serde_json::from_str(&line).unwrap())
     }
 
     pub fn ask(&mut self, task: &Task) -> Reply {
@@ -169,6 +177,13 @@ impl Agent {
 
     pub fn is_free(&mut self, lock_file: &Path) -> bool {
         self.ask(&Task::IsFree(lock_file.to_owned())).unwrap() == "true"
+    }
+
+    /// Gives one of the agent's database handles an order. `None`: the agent has died of it.
+    pub fn order(&mut self, handle: usize, order: Order) -> Option<Answer> {
+        self.send(&Task::Handle(handle, order));
+        let answer = self.receive_or_death()?;
+        Some(serde_json::from_str(&answer.unwrap()).unwrap())
     }
 
     pub fn pid(&self) -> u32 {
@@ -243,6 +258,7 @@ fn reply_socket() -> OwnedFd {
 #[derive(Default)]
 struct Worker {
     db: Option<Connection>,
+    handles: Handles,
     flock: Option<File>,
 }
 
@@ -296,6 +312,9 @@ impl Worker {
                 assert!(std::fs::metadata(path).is_err());
                 ok()
             }
+            Task::Handle(number, order) => {
+                Ok(serde_json::to_string(&self.handles.obey(number, order)).unwrap())
+            }
             Task::Log => {
                 let lines = super::log::lines_with("");
                 Ok(lines.into_iter().map(|(code, line)| format!("({code}) {line}\n")).collect())
@@ -341,7 +360,8 @@ fn execute_in_child(db: &Connection, sql: &str) -> Reply {
         .to_owned())
 }
 
-fn failure(error: rusqlite::Error) -> (i32, String) {
+/// SQLite's extended result code, and the message.
+pub fn failure(error: rusqlite::Error) -> (i32, String) {
     match error {
         rusqlite::Error::SqliteFailure(code, message) => (code.extended_code, message.unwrap_or_default()),
         other => (-1, other.to_string()),

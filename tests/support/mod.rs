@@ -3,14 +3,16 @@
 #![allow(dead_code)] // each test binary uses its own part
 
 pub mod agent;
+pub mod handles;
 pub mod log;
 pub mod raw_file;
 pub mod tap_vfs;
 
 use std::fs::{File, TryLockError};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use kanbanlock::Options;
 use rusqlite::{Connection, OpenFlags};
@@ -69,8 +71,16 @@ pub fn open(path: &Path, vfs: &str) -> Connection {
     db
 }
 
+/// Held while a child is started, and while a flock is tried: between fork and exec a child shares our descriptors, and
+/// with them a flock that we have for an instant. It would refuse the next writer.
+pub fn no_fork_meanwhile() -> MutexGuard<'static, ()> {
+    static FORKING: Mutex<()> = Mutex::new(());
+    FORKING.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 /// True if somebody holds the flock on this file now (asked through a descriptor of our own).
 pub fn is_flocked(path: &Path) -> bool {
+    let _no_fork = no_fork_meanwhile();
     match File::open(path).map(|file| file.try_lock()) {
         Ok(Ok(())) => false,
         Ok(Err(TryLockError::WouldBlock)) => true,
@@ -123,8 +133,17 @@ pub fn in_own_process(test: &str, body: impl FnOnce()) {
     if std::env::var_os(OWN).is_some() {
         return body();
     }
-    let mut command = std::process::Command::new(std::env::current_exe().unwrap());
-    let output = command.args(["--exact", test, "--nocapture"]).env(OWN, "1").output().unwrap();
+    let mut command = Command::new(std::env::current_exe().unwrap());
+    command
+        .args(["--exact", test, "--nocapture"])
+        .env(OWN, "1")
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped());
+    let child = {
+        let _fork = no_fork_meanwhile();
+        command.spawn().unwrap()
+    };
+    let output = child.wait_with_output().unwrap();
     let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
     assert!(output.status.success(), "{}\n{}", text(&output.stdout), text(&output.stderr));
     assert!(text(&output.stdout).contains("1 passed"), "no such test: {test}");
