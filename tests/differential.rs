@@ -578,7 +578,8 @@ impl Run<'_> {
         let is_shimmed = move |name: &str, holder: libc::pid_t| {
             let is_stock =
                 (0..PROCESSES).any(|process| has_pid(process, holder) && !self.world.vfs[process].gated);
-            !is_stock && !(name == "EXCLUSIVE" && (0..PROCESSES).any(is_for_life))
+            let does_not_count = name == "EXCLUSIVE" && (0..PROCESSES).any(is_for_life);
+            !is_stock && !does_not_count
         };
         WRITE_LOCKS.iter().filter_map(move |&(suffix, offset, length, name)| {
             let holder = write_lock_holder(&self.beside(suffix), offset, length)?;

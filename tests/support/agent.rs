@@ -18,11 +18,13 @@ use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
 
 use rusqlite::Connection;
 use serde::{Deserialize, Serialize};
 
 use super::handles::{Answer, Handles, Order};
+use super::killer::{Killer, Step};
 
 const ROLE: &str = "KANBANLOCK_TEST_AGENT";
 const STOCK: &str = "KANBANLOCK_TEST_AGENT_STOCK";
@@ -32,6 +34,12 @@ const STOCK: &str = "KANBANLOCK_TEST_AGENT_STOCK";
 pub enum Task {
     /// Open a database by URI (kanbanlock is registered); `busy_timeout` 0.
     Open(String),
+    /// Open a database through kanbanlock on a tap that kills the agent at the `nth` call of `step`.
+    OpenDoomed {
+        path: PathBuf,
+        step: Step,
+        nth: usize,
+    },
     /// `execute_batch`.
     Execute(String),
     /// The first column of the first row, as text.
@@ -42,6 +50,8 @@ pub enum Task {
     /// `flock(LOCK_EX)`, and keep it.
     Flock(PathBuf),
     Unflock,
+    /// Wait until nobody holds `flock(LOCK_EX)` on this file: a starting line that several agents leave at once.
+    AwaitUnflocked(PathBuf),
     /// kanbanlock's lines in SQLite's log.
     Log,
     /// Register kanbanlock now (in a stock agent).
@@ -162,6 +172,18 @@ impl Agent {
         self.requests.write_all(b"\n").unwrap();
     }
 
+    /// [`Agent::ask`] for an agent that may be killed by it: `None`, and its process is gone, if SIGKILL has.
+    pub fn ask_doomed(&mut self, task: &Task) -> Option<Reply> {
+        use std::os::unix::process::ExitStatusExt;
+        self.send(task);
+        if let Some(reply) = self.receive_or_death() {
+            return Some(reply);
+        }
+        let status = self.process.wait().unwrap();
+        assert_eq!(status.signal(), Some(libc::SIGKILL), "the agent died, but not as planned: {status}");
+        None
+    }
+
     pub fn execute(&mut self, sql: &str) -> Reply {
         self.ask(&Task::Execute(sql.to_owned()))
     }
@@ -272,6 +294,11 @@ impl Worker {
                 self.db = Some(db);
                 ok()
             }
+            Task::OpenDoomed { path, step, nth } => {
+                let stack = super::Stack::new(Arc::new(Killer::new(step, nth)));
+                self.db = Some(super::open(&path, stack.kanbanlock));
+                ok()
+            }
             Task::Execute(sql) => self.db().execute_batch(&sql).map_err(failure).and_then(|()| ok()),
             Task::Query(sql) => self
                 .db()
@@ -295,6 +322,10 @@ impl Worker {
             }
             Task::Unflock => {
                 self.flock = None;
+                ok()
+            }
+            Task::AwaitUnflocked(path) => {
+                File::open(path).unwrap().lock_shared().unwrap();
                 ok()
             }
             Task::Register => {

@@ -4,8 +4,10 @@
 
 pub mod agent;
 pub mod handles;
+pub mod killer;
 pub mod log;
 pub mod raw_file;
+pub mod system_sqlite;
 pub mod tap_vfs;
 
 use std::fs::{File, TryLockError};
@@ -147,6 +149,7 @@ pub fn in_own_process(test: &str, body: impl FnOnce()) {
     let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
     assert!(output.status.success(), "{}\n{}", text(&output.stdout), text(&output.stderr));
     assert!(text(&output.stdout).contains("1 passed"), "no such test: {test}");
+    print!("{}", text(&output.stdout)); // counts, for --show-output
 }
 
 /// A VFS name that no other test of this process uses.
