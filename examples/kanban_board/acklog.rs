@@ -26,6 +26,8 @@ pub(crate) enum Entry {
     Snapshot { ns: u64 },
     /// A read transaction saw what no snapshot may show.
     Violation(String),
+    /// Something else was done, this many times since it was last logged.
+    Did { what: String, count: u64 },
 }
 
 /// The writing side, one per process.

@@ -4,21 +4,18 @@
 //! is satisfied with a well-formed file that has lost data; so the acknowledgement logs are gone through line
 //! by line, and each commit in them is looked up in the database. The other way round, a commit that is in the
 //! database and not in a log is the last one of a killed process, or an error.
-//!
-//! [`sabotage`] damages a board in ways that only one check each can notice, which proves that the audit fails
-//! when it should.
 
 use std::path::Path;
 
 use rusqlite::types::Value;
-use rusqlite::{Connection, OptionalExtension as _, TransactionBehavior, params};
+use rusqlite::{Connection, OptionalExtension as _, params};
 use serde::Serialize;
 
 use crate::Result;
 use crate::acklog::{self, Entry};
 use crate::board::{self, Counted, DDL, Database, MIGRATIONS};
 use crate::crew::{Record, Shift};
-use crate::options::{Role, Sabotage};
+use crate::job::{self, Role};
 
 /// How many findings of a check are printed.
 const SHOWN: usize = 5;
@@ -44,7 +41,7 @@ const CHECKS: [(&str, CheckFn); 10] = [
     ("task runs", runs),
     ("migrations", migrations),
     ("DDL", schema),
-    ("readers' snapshots", snapshots),
+    ("snapshots", snapshots),
 ];
 
 /// Makes every check, whatever the others say.
@@ -74,9 +71,13 @@ fn processes(shift: &Shift) -> Result<String> {
 }
 
 fn integrity(conn: &Connection, _: &[Record]) -> Result<String> {
-    let findings = rows(conn, "SELECT * FROM pragma_integrity_check WHERE integrity_check <> 'ok'")?;
-    nothing_in(&findings)?;
+    nothing_in(&damage(conn)?)?;
     Ok("ok".to_owned())
+}
+
+/// What `PRAGMA integrity_check` finds.
+pub(crate) fn damage(conn: &Connection) -> rusqlite::Result<Vec<String>> {
+    rows(conn, "SELECT * FROM pragma_integrity_check WHERE integrity_check <> 'ok'")
 }
 
 fn foreign_keys(conn: &Connection, _: &[Record]) -> Result<String> {
@@ -201,50 +202,19 @@ fn schema(conn: &Connection, records: &[Record]) -> Result<String> {
 
 fn snapshots(_: &Connection, records: &[Record]) -> Result<String> {
     let (mut good, mut violations) = (0_u64, Vec::new());
-    for Record { job, .. } in records.iter().filter(|record| record.job.role == Role::Reader) {
+    for Record { job, .. } in records {
         for entry in acklog::entries(&job.log)? {
             match entry? {
                 Entry::Snapshot { .. } => good += 1,
-                Entry::Violation(what) => violations.push(format!("reader {}: {what}", job.number)),
-                Entry::Commit { .. } | Entry::Busy { .. } => {}
+                Entry::Violation(what) => {
+                    violations.push(format!("{} {}: {what}", job::name(job.role), job.number));
+                }
+                Entry::Commit { .. } | Entry::Busy { .. } | Entry::Did { .. } => {}
             }
         }
     }
     nothing_in(&violations)?;
     Ok(format!("{good}, each in agreement with itself"))
-}
-
-/// Damages the board; says how.
-pub(crate) fn sabotage(database: &Database, how: Sabotage) -> Result<&'static str> {
-    // A create is never a task's last event once the task was claimed, and was surely acknowledged if the same
-    // incarnation committed again.
-    let (what, first, then) = match how {
-        Sabotage::LoseCommit => (
-            "took an acknowledged commit's event away",
-            "DELETE FROM task_events WHERE id = (
-                 SELECT c.id FROM task_events c JOIN task_events l USING (worker, incarnation)
-                 WHERE c.kind = 'create' AND l.seq > c.seq
-                   AND EXISTS (SELECT 1 FROM task_events n WHERE n.task_id = c.task_id AND n.id > c.id)
-                 LIMIT 1)",
-            "UPDATE counters SET value = value - 1 WHERE name = 'events'",
-        ),
-        Sabotage::SkewCounter => {
-            ("added 1 to a counter", "UPDATE counters SET value = value + 1 WHERE name = 'done'", "")
-        }
-        Sabotage::FlipStatus => (
-            "set a finished task to todo",
-            "UPDATE tasks SET status = 'todo' WHERE id = (SELECT id FROM tasks WHERE status = 'done' LIMIT 1)",
-            "UPDATE counters SET value = value + iif(name = 'todo', 1, -1) WHERE name IN ('todo', 'done')",
-        ),
-    };
-    let mut conn = database.open()?;
-    let tx = conn.transaction_with_behavior(TransactionBehavior::Immediate)?;
-    if tx.execute(first, [])? != 1 {
-        return Err("--sabotage: nothing to damage yet; run for longer".into());
-    }
-    tx.execute_batch(then)?;
-    tx.commit()?;
-    Ok(what)
 }
 
 fn workers(records: &[Record]) -> impl Iterator<Item = &Record> {

@@ -24,7 +24,7 @@ use rusqlite::{
 use serde::{Deserialize, Serialize};
 
 use crate::Result;
-use crate::options::{self, Journal, Synchronous};
+use crate::job::{self, Journal, Synchronous};
 
 /// The schema's steps; `PRAGMA user_version` counts those that are done. None says IF NOT EXISTS: a step made
 /// twice, because two processes believed they held the write lock, must fail.
@@ -89,9 +89,12 @@ pub(crate) struct Database {
     pub(crate) path: PathBuf,
     pub(crate) vfs: String,
     pub(crate) params: Vec<String>,
-    pub(crate) journal: Journal,
+    /// None leaves it as it is.
+    pub(crate) journal: Option<Journal>,
     pub(crate) synchronous: Synchronous,
     pub(crate) busy_timeout: Duration,
+    /// `PRAGMA mmap_size`
+    pub(crate) mmap_size: u32,
 }
 
 /// The unique name of a commit, in the database and in the acknowledgement log.
@@ -119,13 +122,14 @@ impl Database {
     /// Opens a connection by URI, and makes sure that it goes through the VFS that was asked for. Touches
     /// neither the file's content nor its locks.
     pub(crate) fn open(&self) -> Result<Connection> {
-        options::register(&self.vfs)?;
+        job::register(&self.vfs)?;
         let flags =
             OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_URI | OpenFlags::SQLITE_OPEN_NO_MUTEX;
         let conn = Connection::open_with_flags(self.uri(), flags)
             .map_err(|error| format!("cannot open {}: {error}", self.uri()))?;
         conn.busy_timeout(self.busy_timeout)?;
         conn.pragma_update(None, "foreign_keys", true)?;
+        conn.pragma_update(None, "mmap_size", self.mmap_size)?;
         conn.set_prepared_statement_cache_capacity(32);
         if self.vfs == kanbanlock::VFS_NAME && shim_status(&conn)?.is_none() {
             return Err("the VFS kanbanlock does not answer PRAGMA kanbanlock: it is not in use".into());
@@ -143,9 +147,17 @@ impl Database {
     /// Sets the journal mode, which all processes race to do on the new file, and `synchronous`.
     /// Returns the journal mode that SQLite is in then.
     pub(crate) fn configure(&self, conn: &Connection) -> rusqlite::Result<String> {
-        conn.pragma_update(None, "synchronous", options::name(self.synchronous))?;
-        conn.pragma_update_and_check(None, "journal_mode", options::name(self.journal), |row| row.get(0))
+        conn.pragma_update(None, "synchronous", job::name(self.synchronous))?;
+        match self.journal {
+            Some(journal) => set_journal_mode(conn, journal),
+            None => conn.pragma_query_value(None, "journal_mode", |row| row.get(0)),
+        }
     }
+}
+
+/// Returns the journal mode that SQLite is in then, which may be another one.
+pub(crate) fn set_journal_mode(conn: &Connection, journal: Journal) -> rusqlite::Result<String> {
+    conn.pragma_update_and_check(None, "journal_mode", job::name(journal), |row| row.get(0))
 }
 
 /// kanbanlock's own word on this connection, JSON; None on another VFS.

@@ -5,10 +5,9 @@
 //! released when its phase has come (see session.rs), and a child is gone when its stdout is at its end and
 //! it was waited for.
 //!
-//! With `--chaos` a worker, or one time in eight every worker, is killed with SIGKILL wherever it happens to
-//! be, and restarted as the next incarnation. A process that ends in any other way fails the run.
+//! A [`Disturber`] may send the workers signals meanwhile. One that is killed with SIGKILL is restarted as the
+//! next incarnation. A process that ends in any other way fails the run.
 
-use std::hash::{DefaultHasher, Hash as _, Hasher as _};
 use std::io::{BufRead as _, BufReader, Write as _};
 use std::path::PathBuf;
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
@@ -17,10 +16,11 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use indicatif::{HumanBytes, HumanCount, ProgressBar, ProgressStyle};
+use rustix::process::{Pid, Signal as Posix, kill_process};
 
 use crate::Result;
 use crate::board::Database;
-use crate::options::{self, Job, Options, Role};
+use crate::job::{self, Job, Role};
 use crate::place::{Place, beside};
 use crate::session::Signal;
 
@@ -28,10 +28,25 @@ use crate::session::Signal;
 const TICK: Duration = Duration::from_millis(20);
 /// How long the processes may take to start, and to stop beyond two busy timeouts, before they count as hung.
 const PATIENCE: Duration = Duration::from_secs(60);
-/// Shortest and longest time between two kills, in milliseconds.
-const KILLS_MS: (u64, u64) = (50, 800);
-/// One in this many kills is a kill of all workers at once.
-const KILL_ALL_ONE_IN: u64 = 8;
+
+/// Who works, and for how long.
+pub(crate) struct Plan {
+    pub(crate) workers: u32,
+    pub(crate) readers: u32,
+    pub(crate) duration: Duration,
+    pub(crate) think: Duration,
+    pub(crate) seed: u64,
+    pub(crate) stray_closes: bool,
+}
+
+/// What disturbs the workers at work.
+pub(crate) trait Disturber {
+    /// Called at each tick, and after each message.
+    fn disturb(&mut self, crew: &mut Crew<'_>);
+
+    /// Called once when the work is over: nothing may stay disturbed.
+    fn finish(&mut self, crew: &mut Crew<'_>);
+}
 
 /// What happened, for the audit and the report.
 pub(crate) struct Shift {
@@ -45,21 +60,26 @@ pub(crate) struct Shift {
 /// One process that was.
 pub(crate) struct Record {
     pub(crate) job: Job,
-    /// By `--chaos`.
+    /// By a [`Disturber`].
     pub(crate) killed: bool,
 }
 
 /// Runs all processes for as long as the options say, and returns when the last one is gone.
-pub(crate) fn run(options: &Options, database: &Database, place: &Place) -> Result<Shift> {
-    let mut crew = Crew::new(options, database, place)?;
-    for number in 0..options.workers {
+pub(crate) fn run(
+    plan: &Plan,
+    database: &Database,
+    place: &Place,
+    disturber: Option<&mut dyn Disturber>,
+) -> Result<Shift> {
+    let mut crew = Crew::new(plan, database, place)?;
+    for number in 0..plan.workers {
         crew.hire(Role::Worker, number, 1)?;
     }
-    for number in 0..options.readers {
+    for number in 0..plan.readers {
         crew.hire(Role::Reader, number, 1)?;
     }
     crew.gather();
-    let elapsed = crew.work();
+    let elapsed = crew.work(disturber);
     crew.stop();
     Ok(crew.into_shift(elapsed))
 }
@@ -89,8 +109,9 @@ struct Member {
 /// A signal of the member with this index; None when its stdout is at its end.
 type Message = (usize, Option<Signal>);
 
-struct Crew<'a> {
-    options: &'a Options,
+/// The processes.
+pub(crate) struct Crew<'a> {
+    plan: &'a Plan,
     database: &'a Database,
     place: &'a Place,
     executable: PathBuf,
@@ -105,10 +126,10 @@ struct Crew<'a> {
 }
 
 impl<'a> Crew<'a> {
-    fn new(options: &'a Options, database: &'a Database, place: &'a Place) -> Result<Self> {
+    fn new(plan: &'a Plan, database: &'a Database, place: &'a Place) -> Result<Self> {
         let (sender, messages) = mpsc::channel();
         Ok(Self {
-            options,
+            plan,
             database,
             place,
             executable: std::env::current_exe()?,
@@ -130,7 +151,9 @@ impl<'a> Crew<'a> {
             incarnation,
             database: self.database.clone(),
             log: self.place.log(role, number, incarnation),
-            think: Duration::from_micros(self.options.think_us),
+            think: self.plan.think,
+            seed: self.plan.seed ^ (u64::from(incarnation) << 32 | u64::from(number)),
+            stray_closes: self.plan.stray_closes,
         };
         let mut process = Command::new(&self.executable)
             .arg("--child")
@@ -169,19 +192,21 @@ impl<'a> Crew<'a> {
     }
 
     /// Releases the processes and lets them work; returns how long that was.
-    fn work(&mut self) -> Duration {
-        let duration = Duration::from_secs(self.options.seconds);
+    fn work(&mut self, mut disturber: Option<&mut dyn Disturber>) -> Duration {
+        let duration = self.plan.duration;
         let bar = progress_bar(duration);
-        let mut chaos = self.options.chaos.then(|| Chaos::new(self.options.seed));
         self.phase = Phase::Working;
         self.release();
         let start = Instant::now();
         while start.elapsed() < duration && self.failures.is_empty() {
             self.pump();
-            if let Some(chaos) = &mut chaos {
-                self.kill(chaos);
+            if let Some(disturber) = &mut disturber {
+                disturber.disturb(self);
             }
             self.draw(&bar, start.elapsed());
+        }
+        if let Some(disturber) = disturber {
+            disturber.finish(self);
         }
         let elapsed = start.elapsed();
         bar.finish_and_clear();
@@ -257,7 +282,7 @@ impl<'a> Crew<'a> {
         };
         let Job { role, number, incarnation, .. } = member.job;
         if let Some(reason) = member.failure.take().or(unexpected) {
-            self.failures.push(format!("{} {number}.{incarnation}: {reason}", options::name(role)));
+            self.failures.push(format!("{} {number}.{incarnation}: {reason}", job::name(role)));
         } else if self.phase == Phase::Working {
             if let Err(error) = self.hire(role, number, incarnation + 1) {
                 self.failures.push(error.to_string());
@@ -265,27 +290,22 @@ impl<'a> Crew<'a> {
         }
     }
 
-    /// Kills, if the moment has come.
-    fn kill(&mut self, chaos: &mut Chaos) {
-        if Instant::now() < chaos.next {
+    /// The workers that are alive, by index.
+    pub(crate) fn workers(&self) -> Vec<usize> {
+        let alive = |member: &Member| member.job.role == Role::Worker && !member.killed && !member.gone;
+        (0..self.members.len()).filter(|index| alive(&self.members[*index])).collect()
+    }
+
+    /// Sends a signal. The process was not waited for unless it is gone, so its id is still its own.
+    pub(crate) fn signal(&mut self, index: usize, signal: Posix) {
+        let member = &mut self.members[index];
+        if member.gone {
             return;
         }
-        let everyone = chaos.draw() % KILL_ALL_ONE_IN == 0;
-        let mut victims: Vec<_> = self
-            .members
-            .iter_mut()
-            .filter(|member| member.job.role == Role::Worker && !member.killed && !member.gone)
-            .collect();
-        if !everyone && !victims.is_empty() {
-            victims = vec![victims.swap_remove(chaos.pick(victims.len()))];
+        member.killed |= signal == Posix::KILL;
+        if let Err(error) = kill_process(Pid::from_child(&member.process), signal) {
+            member.failure = Some(format!("cannot be sent {signal:?}: {error}"));
         }
-        for victim in victims {
-            victim.killed = true;
-            if let Err(error) = victim.process.kill() {
-                victim.failure = Some(format!("cannot be killed: {error}"));
-            }
-        }
-        chaos.schedule();
     }
 
     fn draw(&self, bar: &ProgressBar, elapsed: Duration) {
@@ -314,37 +334,6 @@ impl Drop for Crew<'_> {
             let _ = member.process.kill();
             let _ = member.process.wait();
         }
-    }
-}
-
-/// When to kill whom: a sequence that the seed determines.
-struct Chaos {
-    seed: u64,
-    draws: u64,
-    next: Instant,
-}
-
-impl Chaos {
-    fn new(seed: u64) -> Self {
-        let mut chaos = Self { seed, draws: 0, next: Instant::now() };
-        chaos.schedule();
-        chaos
-    }
-
-    fn schedule(&mut self) {
-        let (shortest, longest) = KILLS_MS;
-        self.next = Instant::now() + Duration::from_millis(shortest + self.draw() % (longest - shortest));
-    }
-
-    fn pick(&mut self, count: usize) -> usize {
-        usize::try_from(self.draw() % count as u64).unwrap_or(0)
-    }
-
-    fn draw(&mut self) -> u64 {
-        self.draws += 1;
-        let mut hasher = DefaultHasher::new();
-        (self.seed, self.draws).hash(&mut hasher);
-        hasher.finish()
     }
 }
 

@@ -18,15 +18,21 @@
 //! ```text
 //! main ── options   what to run
 //!   │──── place     where the run's files are
-//!   │──── crew      parent's side: starts, releases, kills, restarts and stops the processes
+//!   │──── crew      parent's side: starts, releases, signals, restarts and stops the processes
+//!   │       │─ chaos    kills them
+//!   │       │─ job      what each is told
 //!   │       ┆ stdin, stdout (pipes)
 //!   │     session   child's side of the same, with the connection and the retry on SQLITE_BUSY
 //!   │       │─ worker, reader   the two loops
+//!   │       │─ committer        commits, each acknowledged
 //!   │       │─ board            the schema and every transaction on it
 //!   │       └─ acklog           what SQLite acknowledged, logged outside the database
+//!   │──── sabotage  damages the board, so that the audit must fail
 //!   │──── audit     is every acknowledged commit there, does everything agree?
 //!   └──── report    the table and the JSON
 //! ```
+//!
+//! Most of these modules are the soak's as well (`examples/soak`).
 //!
 //! The parent has no connection open while the children run.
 //!
@@ -37,11 +43,15 @@
 mod acklog;
 mod audit;
 mod board;
+mod chaos;
+mod committer;
 mod crew;
+mod job;
 mod options;
 mod place;
 mod reader;
 mod report;
+mod sabotage;
 mod session;
 mod worker;
 
@@ -50,7 +60,10 @@ use std::process::ExitCode;
 
 use clap::Parser as _;
 
-use crate::options::{Job, Options, Role};
+use crate::chaos::Chaos;
+use crate::crew::Disturber;
+use crate::job::{Job, Role};
+use crate::options::Options;
 use crate::place::Place;
 use crate::report::Report;
 
@@ -89,17 +102,19 @@ fn child(job: &Job) -> ExitCode {
 
 /// The whole run; false if the audit failed.
 fn parent(options: &Options) -> Result<bool> {
-    options.check_vfs()?;
+    job::check_vfs(&options.vfs)?;
     let json = options.create_json()?;
-    let mut place = Place::create(options)?;
+    let mut place = Place::create(options.db.as_deref())?;
     let database = options.database(place.db());
     let status = database.open().and_then(|conn| Ok(board::shim_status(&conn)?));
     let status = status.inspect_err(|_| place.discard())?;
     report::print_heading(options, &database, status.as_deref())?;
 
-    let shift = crew::run(options, &database, &place)?;
+    let mut chaos = options.chaos.then(|| Chaos::new(options.seed));
+    let chaos = chaos.as_mut().map(|chaos| chaos as &mut dyn Disturber);
+    let shift = crew::run(&options.plan(), &database, &place, chaos)?;
     if let Some(sabotage) = options.sabotage {
-        println!("sabotage  {}", audit::sabotage(&database, sabotage)?);
+        println!("sabotage  {}", sabotage::sabotage(&database, sabotage)?);
     }
     let checks = audit::audit(&database, &shift);
     let report = Report::new(options, &database, &shift, checks)?;

@@ -1,19 +1,17 @@
-//! # The command line, and what a child process is told
-//!
-//! The example runs itself again for every worker and reader: `--child JSON`, hidden, carries the child's
-//! whole [`Job`], so parent and child cannot disagree about a default, and `ps` shows what each process is.
+//! # The command line
 
 use std::fs::File;
 use std::hash::{BuildHasher as _, RandomState};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use clap::{Parser, ValueEnum};
-use rusqlite::{Connection, OpenFlags};
-use serde::{Deserialize, Serialize};
+use clap::Parser;
 
 use crate::Result;
 use crate::board::Database;
+use crate::crew::Plan;
+use crate::job::{Job, Journal, Synchronous, parse_job};
+use crate::sabotage::Sabotage;
 
 /// A kanban board shared by many processes: SQLite under contention, audited.
 #[derive(Parser)]
@@ -84,56 +82,6 @@ pub(crate) struct Options {
     pub(crate) child: Option<Job>,
 }
 
-/// `PRAGMA journal_mode`
-#[derive(Clone, Copy, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub(crate) enum Journal {
-    Wal,
-    Delete,
-}
-
-/// `PRAGMA synchronous`
-#[derive(Clone, Copy, ValueEnum, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub(crate) enum Synchronous {
-    Off,
-    Normal,
-    Full,
-    Extra,
-}
-
-/// Ways to damage the board, each of which only one check of the audit can notice.
-#[derive(Clone, Copy, ValueEnum)]
-pub(crate) enum Sabotage {
-    /// Take an acknowledged commit's event away and correct the counter
-    LoseCommit,
-    /// Change a counter
-    SkewCounter,
-    /// Change a task's status and correct the counters
-    FlipStatus,
-}
-
-/// What a child process is.
-#[derive(Clone, Copy, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub(crate) enum Role {
-    Worker,
-    Reader,
-}
-
-/// All that a child process is told.
-#[derive(Clone, Serialize, Deserialize)]
-pub(crate) struct Job {
-    pub(crate) role: Role,
-    pub(crate) number: u32,
-    /// 1, and one more after each kill: (worker, incarnation, seq) names a commit for good.
-    pub(crate) incarnation: u32,
-    pub(crate) database: Database,
-    /// The child's acknowledgement log.
-    pub(crate) log: PathBuf,
-    pub(crate) think: Duration,
-}
-
 impl Options {
     /// The database as every process opens it.
     pub(crate) fn database(&self, path: &Path) -> Database {
@@ -145,18 +93,23 @@ impl Options {
             path: path.to_path_buf(),
             vfs: self.vfs.clone(),
             params: self.params.clone(),
-            journal: self.journal,
+            journal: Some(self.journal),
             synchronous,
             busy_timeout: Duration::from_millis(self.busy_timeout_ms.into()),
+            mmap_size: 0,
         }
     }
 
-    /// Fails if SQLite does not know the VFS; no file is touched.
-    pub(crate) fn check_vfs(&self) -> Result<()> {
-        register(&self.vfs)?;
-        Connection::open_with_flags_and_vfs(":memory:", OpenFlags::default(), self.vfs.as_str())
-            .map(drop)
-            .map_err(|error| format!("--vfs {}: {error}; try kanbanlock or unix", self.vfs).into())
+    /// Who works, and for how long.
+    pub(crate) fn plan(&self) -> Plan {
+        Plan {
+            workers: self.workers,
+            readers: self.readers,
+            duration: Duration::from_secs(self.seconds),
+            think: Duration::from_micros(self.think_us),
+            seed: self.seed,
+            stray_closes: false,
+        }
     }
 
     /// Creates the `--json` file, so that a wrong path is reported before the run and not after it.
@@ -168,27 +121,9 @@ impl Options {
     }
 }
 
-/// Registers kanbanlock if it is what was asked for, and only then: the registration makes the locks of *all*
-/// unix connections of the process close-proof, and a comparison run must be stock SQLite.
-pub(crate) fn register(vfs: &str) -> Result<()> {
-    if vfs == kanbanlock::VFS_NAME {
-        kanbanlock::register().map_err(|error| format!("cannot register the VFS kanbanlock: {error}"))?;
-    }
-    Ok(())
-}
-
-/// The name that SQLite and the command line use for a value, `wal` for example.
-pub(crate) fn name(value: impl ValueEnum) -> String {
-    value.to_possible_value().map(|value| value.get_name().to_owned()).unwrap_or_default()
-}
-
 fn parse_param(text: &str) -> std::result::Result<String, String> {
     match text.split_once('=') {
         Some((key, _)) if !key.is_empty() && !text.contains(['&', '#', '%']) => Ok(text.to_owned()),
         _ => Err("expected KEY=VALUE, without any of & # %".to_owned()),
     }
-}
-
-fn parse_job(text: &str) -> serde_json::Result<Job> {
-    serde_json::from_str(text)
 }

@@ -16,7 +16,7 @@ use std::path::{Path, PathBuf};
 use tempfile::TempDir;
 
 use crate::Result;
-use crate::options::{self, Options, Role};
+use crate::job::{self, Role};
 
 /// The files of one run.
 pub(crate) struct Place {
@@ -27,9 +27,9 @@ pub(crate) struct Place {
 
 impl Place {
     /// Creates the empty database file and the directory of the acknowledgement logs.
-    pub(crate) fn create(options: &Options) -> Result<Self> {
-        let (path, temporary) = match &options.db {
-            Some(path) => (path.clone(), None),
+    pub(crate) fn create(db: Option<&Path>) -> Result<Self> {
+        let (path, temporary) = match db {
+            Some(path) => (path.to_path_buf(), None),
             None => {
                 let directory = temporary_directory()?;
                 (directory.path().join("kanban.db"), Some(directory))
@@ -54,10 +54,11 @@ impl Place {
 
     /// The acknowledgement log of one incarnation.
     pub(crate) fn log(&self, role: Role, number: u32, incarnation: u32) -> PathBuf {
-        self.acks.join(format!("{}-{number}.{incarnation}.jsonl", options::name(role)))
+        self.acks.join(format!("{}-{number}.{incarnation}.jsonl", job::name(role)))
     }
 
     /// Takes the empty files of a run that never began away again.
+    #[allow(dead_code, reason = "the soak's databases are temporary")]
     pub(crate) fn discard(&self) {
         let _ = fs::remove_dir(&self.acks);
         let _ = fs::remove_file(&self.db);
@@ -92,7 +93,7 @@ fn create_database(path: &Path) -> Result<PathBuf> {
     }
     OpenOptions::new().write(true).create_new(true).open(path).map_err(|error| match error.kind() {
         ErrorKind::AlreadyExists => format!(
-            "{} exists, and kanban_board never touches a file that it did not create; \
+            "{} exists, and this program never touches a file that it did not create; \
              remove it, or choose another --db",
             path.display()
         ),
@@ -118,7 +119,7 @@ fn temporary_directory() -> Result<TempDir> {
     let parent = target.map_or_else(std::env::temp_dir, |target| target.join("tmp"));
     let create = || {
         fs::create_dir_all(&parent)?;
-        tempfile::Builder::new().prefix("kanban_board-").tempdir_in(&parent)
+        tempfile::Builder::new().prefix("kanban-").tempdir_in(&parent)
     };
     create().map_err(|error| {
         format!("cannot create a directory in {}: {error}; name a file with --db", parent.display()).into()

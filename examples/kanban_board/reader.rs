@@ -10,7 +10,7 @@ use rusqlite::Connection;
 use crate::Result;
 use crate::acklog::Entry;
 use crate::board::{self, Counted};
-use crate::options::Job;
+use crate::job::Job;
 use crate::session::{Session, nanoseconds};
 
 /// The process: returns when told to stop.

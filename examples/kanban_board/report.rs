@@ -22,7 +22,8 @@ use crate::acklog::{self, Entry};
 use crate::audit::Check;
 use crate::board::Database;
 use crate::crew::Shift;
-use crate::options::{self, Journal, Options, Role, Synchronous};
+use crate::job::{self, Journal, Role, Synchronous};
+use crate::options::Options;
 
 /// The result of a run.
 #[derive(Serialize)]
@@ -94,8 +95,8 @@ pub(crate) fn print_heading(options: &Options, database: &Database, shim: Option
     println!(
         "SQLite    {}, journal {}, synchronous {}, busy timeout {} ms",
         rusqlite::version(),
-        options::name(database.journal),
-        options::name(database.synchronous),
+        job::name(options.journal),
+        job::name(database.synchronous),
         database.busy_timeout.as_millis()
     );
     println!(
@@ -124,7 +125,7 @@ impl Report {
             sqlite: rusqlite::version(),
             vfs: options.vfs.clone(),
             params: options.params.clone(),
-            journal: database.journal,
+            journal: options.journal,
             synchronous: database.synchronous,
             workers: options.workers,
             readers: options.readers,
@@ -245,7 +246,7 @@ fn tally(shift: &Shift, role: Role, count: u32) -> Result<BTreeMap<u32, Tally>> 
                 Entry::Commit { ns, .. } | Entry::Snapshot { ns } => tally.latencies.record(ns)?,
                 Entry::Busy { opening: true, .. } => tally.busy_opening += 1,
                 Entry::Busy { opening: false, .. } => tally.busy += 1,
-                Entry::Violation(_) => {}
+                Entry::Violation(_) | Entry::Did { .. } => {}
             }
         }
     }

@@ -22,8 +22,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::Result;
 use crate::acklog::{AckLog, Entry};
-use crate::board;
-use crate::options::{self, Job};
+use crate::board::{self, Database};
+use crate::job::{self, Job};
 
 /// What a child tells its parent.
 #[derive(Serialize, Deserialize)]
@@ -48,7 +48,9 @@ pub(crate) fn say(signal: &Signal) {
 /// A released child process, with its connection and its log.
 pub(crate) struct Session {
     pub(crate) log: AckLog,
-    conn: Connection,
+    database: Database,
+    /// Opened when it is needed.
+    conn: Option<Connection>,
     /// The journal mode is not set yet.
     opening: bool,
     stop: Receiver<Infallible>,
@@ -62,12 +64,11 @@ impl Session {
         if io::stdin().read_line(&mut String::new())? == 0 {
             return Ok(None);
         }
-        let log = AckLog::create(&job.log)?;
-        let (conn, stop) = (job.database.open()?, watch_stdin());
-        let mut session = Self { log, conn, opening: true, stop, think: job.think };
+        let (log, database) = (AckLog::create(&job.log)?, job.database.clone());
+        let mut session =
+            Self { log, database, conn: None, opening: true, stop: watch_stdin(), think: job.think };
         let Some(mode) = session.retry(|conn| job.database.configure(conn))? else { return Ok(None) };
-        let wanted = options::name(job.database.journal);
-        if mode != wanted {
+        if let Some(wanted) = job.database.journal.map(job::name).filter(|wanted| *wanted != mode) {
             return Err(format!("journal mode {wanted} was asked for, SQLite stays in {mode}").into());
         }
         session.opening = false;
@@ -81,19 +82,37 @@ impl Session {
         mut operation: impl FnMut(&mut Connection) -> rusqlite::Result<T>,
     ) -> Result<Option<T>> {
         while !self.stopped(Duration::ZERO) {
-            let begin = Instant::now();
-            match operation(&mut self.conn) {
-                Ok(value) => return Ok(Some(value)),
-                Err(error) => match board::busy_code(&error) {
-                    Some(code) => {
-                        let busy = Entry::Busy { opening: self.opening, code, ns: nanoseconds(begin)? };
-                        self.log.append(&busy)?;
-                    }
-                    None => return Err(board::explain(&error).into()),
-                },
+            if let Some(value) = self.attempt(&mut operation)? {
+                return Ok(Some(value));
             }
         }
         Ok(None)
+    }
+
+    /// Calls `operation` once. None if that is SQLITE_BUSY, which is logged.
+    pub(crate) fn attempt<T>(
+        &mut self,
+        operation: impl FnOnce(&mut Connection) -> rusqlite::Result<T>,
+    ) -> Result<Option<T>> {
+        let begin = Instant::now();
+        let conn = match &mut self.conn {
+            Some(conn) => conn,
+            None => self.conn.insert(self.database.open()?),
+        };
+        match operation(conn) {
+            Ok(value) => Ok(Some(value)),
+            Err(error) => {
+                let code = board::busy_code(&error).ok_or_else(|| board::explain(&error))?;
+                self.log.append(&Entry::Busy { opening: self.opening, code, ns: nanoseconds(begin)? })?;
+                Ok(None)
+            }
+        }
+    }
+
+    /// Closes the connection until it is needed again.
+    #[allow(dead_code, reason = "the soak's")]
+    pub(crate) fn close(&mut self) {
+        self.conn = None;
     }
 
     /// The think time between two transactions; true if it is time to stop.
