@@ -221,6 +221,9 @@ unsafe extern "C" fn hooked_close<const COPY: usize>(fd: c_int) -> c_int {
 
 // One lock call. --------------------------------------------------------------------------------------------
 
+// Inlined into the hook: after a system call each return address is mispredicted on many machines, so the depth of the
+// stack around it costs more than the instructions (ARCHITECTURE.md, "Speed").
+#[inline(always)]
 fn lock_call(copy_index: usize, fd: RawFd, cmd: c_int, lock: &mut libc::flock) -> c_int {
     let slot = Slot::load(fd);
     match slot.way() {
@@ -236,6 +239,7 @@ fn posix_call(copy_index: usize, fd: RawFd, cmd: c_int, lock: &mut libc::flock) 
     unsafe { (copy(copy_index).fcntl)(fd, cmd, lock) }
 }
 
+#[inline(always)]
 fn ofd_call(copy_index: usize, slot: Slot, canonical: RawFd, cmd: c_int, lock: &mut libc::flock) -> c_int {
     // "EBADF: cmd is F_SETLK or F_SETLKW and the file descriptor open mode doesn't match with the type of lock
     // requested" (fcntl(2)): the user's mode counts, not the canonical description's.
@@ -260,6 +264,8 @@ fn ofd_call(copy_index: usize, slot: Slot, canonical: RawFd, cmd: c_int, lock: &
 }
 
 /// The first lock call of a descriptor: finds its inode's way, or decides it.
+#[cold]
+#[inline(never)]
 fn first_call(copy_index: usize, fd: RawFd, cmd: c_int, lock: &mut libc::flock) -> c_int {
     let errno = ErrnoGuard::new();
     let adopted = lock_table().adopt(copy_index, fd);
@@ -313,6 +319,7 @@ impl Slot {
         Slot(canonical.unsigned_abs() << 3 | u32::from(is_read_only) << 2 | Slot::KIND_OFD)
     }
 
+    #[inline]
     fn way(self) -> Option<Way> {
         match self.0 & 3 {
             Slot::KIND_OFD => RawFd::try_from(self.0 >> 3).ok().map(Way::Ofd),
@@ -325,6 +332,7 @@ impl Slot {
         self.0 & 4 != 0
     }
 
+    #[inline]
     fn cell(fd: RawFd) -> Option<&'static AtomicU32> {
         let fd = usize::try_from(fd).ok()?;
         let chunk = SLOTS.get(fd / CHUNK)?.load(Ordering::Acquire);
@@ -343,6 +351,7 @@ impl Slot {
         Slot::cell(fd)
     }
 
+    #[inline]
     fn load(fd: RawFd) -> Slot {
         Slot::cell(fd).map_or(Slot::UNKNOWN, |cell| Slot(cell.load(Ordering::Acquire)))
     }
