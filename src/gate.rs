@@ -7,15 +7,16 @@
 //! ## Invariants
 //! - The lock file is **never written, truncated or unlinked**. Its content is nobody's business, and a name
 //!   that comes and goes would let two processes lock two different files.
-//! - The flock held is on the file that the name `<db>.lock` leads to: checked after each acquire, since
-//!   others may delete or replace it. A stale descriptor is closed, the new file opened and locked.
+//! - The flock held is on the file that the name `<db>.lock` leads to, since others may delete or replace it: checked
+//!   after an acquire, at most once in a tick of the kernel's clock, and after each refusal. A stale descriptor is
+//!   closed, the new file opened and locked.
 //! - No lock file, no write: if the gate cannot be had for any reason but "refused", the write lock fails with
 //!   an error that says what to do. `kanbanlock_fallback=unlocked` is the only way around, and it is logged.
 //! - Only LOCK_NB: nothing here waits for another process, but for the bounded [`Gate::await_acquire`].
 //! - errno is left as it was found.
 //!
 //! ## Cost
-//! Uncontended: flock, fstat, flock for a whole write transaction. No allocation, no mutex. The descriptor is
+//! Uncontended: flock, mostly fstat, flock for a whole write transaction. No allocation, no mutex. The descriptor is
 //! opened at the first write lock (a reader never touches the lock file) and kept until xClose.
 //!
 //! A flock belongs to the open file description (flock(2)), not to the process: two connections of one process
@@ -36,7 +37,7 @@ use crate::error::rc;
 use crate::fork;
 use crate::host::Host;
 use crate::stats;
-use crate::sys::{self, Attributes, Create, ErrnoGuard, FileId};
+use crate::sys::{self, Attributes, Create, ErrnoGuard, FileId, Tick};
 
 /// A lock that is held by at most one open database file in the world.
 ///
@@ -92,8 +93,15 @@ pub struct LockFile {
 struct Descriptor {
     fd: OwnedFd,
     id: FileId,
-    /// The file's ctime when its name was last seen to lead to it.
-    in_place_at: Option<(libc::time_t, libc::c_long)>,
+    /// When it was last checked that the name leads to it; `None`: not yet.
+    checked: Option<Checked>,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Checked {
+    at: Tick,
+    /// The file's ctime then.
+    changed: (libc::time_t, libc::c_long),
 }
 
 /// Why the gate cannot be had, other than that another holds it.
@@ -136,7 +144,7 @@ impl LockFile {
                 sys::flock_exclusive_nb(descriptor.fd.as_fd()).map_err(|error| self.flock_failure(&error))?;
             if !acquired {
                 // Waiting anyway, so look closely: the holder of a dead file must not keep us out.
-                descriptor.in_place_at = None;
+                descriptor.checked = None;
             }
             if self.is_in_place(descriptor) {
                 return Ok(acquired);
@@ -156,20 +164,27 @@ impl LockFile {
         Ok(false)
     }
 
-    /// True if the name still leads to the file that we hold open. One fstat(2), mostly: a file that is unlinked
-    /// or renamed over loses its last link, and one that is renamed away changes its ctime (ext4, xfs, btrfs and
-    /// tmpfs do so). Only when the ctime has changed is the path itself looked up, which costs three times as much.
+    /// True if the name still leads to the file that we hold open.
+    ///
+    /// Mostly by one fstat(2): a file that is unlinked or renamed over loses its last link, and one that is renamed away
+    /// changes its ctime (ext4, xfs, btrfs and tmpfs do so). Only then is the path itself looked up. Within one tick the
+    /// last answer stands: the check costs a third of all that the gate costs, and a replacement is an accident, to be
+    /// noticed soon, while SQLite's own locks still exclude.
     #[inline]
     fn is_in_place(&self, descriptor: &mut Descriptor) -> bool {
-        let Ok(now) = sys::fstat(descriptor.fd.as_fd()) else { return false };
-        if now.links == 0 {
+        let now = sys::tick();
+        descriptor.checked.is_some_and(|checked| checked.at == now) || self.check_in_place(descriptor, now)
+    }
+
+    #[inline(never)]
+    fn check_in_place(&self, descriptor: &mut Descriptor, now: Tick) -> bool {
+        let Ok(attributes) = sys::fstat(descriptor.fd.as_fd()) else { return false };
+        if attributes.links == 0 {
             return false;
         }
-        if descriptor.in_place_at == Some(now.changed) {
-            return true;
-        }
-        let is_in_place = sys::lstat(&self.path).is_ok_and(|there| there.id == descriptor.id);
-        descriptor.in_place_at = is_in_place.then_some(now.changed);
+        let is_unchanged = descriptor.checked.is_some_and(|checked| checked.changed == attributes.changed);
+        let is_in_place = is_unchanged || sys::lstat(&self.path).is_ok_and(|there| there.id == descriptor.id);
+        descriptor.checked = is_in_place.then_some(Checked { at: now, changed: attributes.changed });
         is_in_place
     }
 
@@ -216,7 +231,7 @@ impl LockFile {
             return Err(self.not_regular(&attributes));
         }
         fork::close_in_child(fd.as_raw_fd());
-        Ok(Descriptor { fd, id: attributes.id, in_place_at: None })
+        Ok(Descriptor { fd, id: attributes.id, checked: None })
     }
 
     #[inline(never)]

@@ -221,11 +221,12 @@ fn roots_lock_file_takes_the_databases_owner() {
 
 /// A lock on a file that no name leads to locks nobody out.
 #[test]
-fn a_deleted_lock_file_is_noticed_at_the_next_acquire() {
+fn a_deleted_lock_file_is_noticed_within_a_tick() {
     let db = database();
     let connection = db.open("kanbanlock");
     write(&connection).unwrap();
     remove_file(&db.lock_file());
+    support::await_tick();
     connection.execute_batch("BEGIN IMMEDIATE").unwrap();
     assert!(support::is_flocked(&db.lock_file()), "the new file is locked");
     connection.execute_batch("COMMIT").unwrap();
@@ -246,6 +247,7 @@ fn a_lock_file_replaced_while_held_brings_both_connections_to_the_new_one() {
     assert_eq!(code(b.execute_batch("BEGIN IMMEDIATE")), ffi::SQLITE_BUSY);
     assert!(!support::is_flocked(&db.lock_file()), "b has given the gate back");
     a.execute_batch("COMMIT").unwrap();
+    support::await_tick();
     a.execute_batch("BEGIN IMMEDIATE").unwrap();
     assert!(support::is_flocked(&db.lock_file()));
     assert_eq!(code(b.execute_batch("BEGIN IMMEDIATE")), ffi::SQLITE_BUSY);
@@ -272,6 +274,7 @@ fn a_lock_file_replaced_by_a_symbolic_link_is_refused() {
     let elsewhere = db.dir().join("elsewhere.lock");
     fs::rename(db.lock_file(), &elsewhere).unwrap();
     symlink(&elsewhere, db.lock_file()).unwrap();
+    support::await_tick();
     assert_eq!(code(write(&connection)), ffi::SQLITE_CANTOPEN_SYMLINK);
 }
 

@@ -1,5 +1,5 @@
 //! What kanbanlock costs in system calls, counted by strace(1) beside the plain unix VFS:
-//! two flock(2) and one fstat(2) for a write transaction, nothing for a read.
+//! two flock(2) and at most one fstat(2) for a write transaction, nothing for a read.
 
 mod support;
 
@@ -76,7 +76,7 @@ fn difference(journal_mode: &str, sql: &str) -> Counts {
 }
 
 #[test]
-fn a_write_transaction_costs_two_flocks_and_one_fstat() {
+fn a_write_transaction_costs_two_flocks_and_at_most_one_fstat() {
     if !strace_works() {
         println!("SKIPPED: strace(1) is not installed, or may not trace here");
         return;
@@ -85,8 +85,10 @@ fn a_write_transaction_costs_two_flocks_and_one_fstat() {
         for sql in ["UPDATE t SET x = x + 1;", "BEGIN IMMEDIATE; UPDATE t SET x = x + 1; COMMIT;"] {
             let difference = difference(journal_mode, sql);
             let times = i64::try_from(TRANSACTIONS).unwrap();
-            let expected = [("flock".to_owned(), 2 * times), ("fstat".to_owned(), times)];
-            assert_eq!(difference, Counts::from(expected), "{journal_mode}: {sql}");
+            let mut difference = difference;
+            let checks = difference.remove("fstat").unwrap_or(0);
+            assert!((0..=times).contains(&checks), "{journal_mode}: {sql}: {checks} fstat");
+            assert_eq!(difference, Counts::from([("flock".to_owned(), 2 * times)]), "{journal_mode}: {sql}");
         }
     }
 }

@@ -73,6 +73,20 @@ pub fn open(path: &Path, vfs: &str) -> Connection {
     db
 }
 
+/// Waits for the kernel's next tick: within one, kanbanlock does not look again whether a lock file is in its place.
+pub fn await_tick() {
+    let tick = || {
+        let mut now = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+        // SAFETY: a clock that Linux has, and a place for its answer.
+        assert_eq!(unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC_COARSE, &raw mut now) }, 0);
+        (now.tv_sec, now.tv_nsec)
+    };
+    let before = tick();
+    while tick() == before {
+        std::hint::spin_loop();
+    }
+}
+
 /// Held while a child is started, and while a flock is tried: between fork and exec a child shares our descriptors, and
 /// with them a flock that we have for an instant. It would refuse the next writer.
 pub fn no_fork_meanwhile() -> MutexGuard<'static, ()> {
