@@ -270,9 +270,13 @@ fn first_call(copy_index: usize, fd: RawFd, cmd: c_int, lock: &mut libc::flock) 
     let errno = ErrnoGuard::new();
     let adopted = lock_table().adopt(copy_index, fd);
     drop(errno);
-    let Ok((slot, is_first_of_inode)) = adopted else {
-        sys::set_errno(libc::ENOLCK);
-        return -1;
+    let (slot, is_first_of_inode) = match adopted {
+        Ok(adopted) => adopted,
+        Err(error) => {
+            // os_unix makes SQLITE_IOERR_LOCK of these; of ENOLCK it would make SQLITE_BUSY.
+            sys::set_errno(error.raw_os_error().unwrap_or(libc::EMFILE));
+            return -1;
+        }
     };
     let Some(Way::Ofd(canonical)) = slot.way() else {
         return posix_call(copy_index, fd, cmd, lock);
