@@ -280,10 +280,8 @@ fn two_processes_exclude_each_other() {
     }
 }
 
-/// kill -9 in the middle of a transaction: the kernel releases the flock with the process, SQLite rolls back,
-/// and the rollback of the hot journal (row L4) is itself under the flock.
-#[test]
-fn a_hot_journal_is_rolled_back_under_the_flock() {
+/// A database whose last writer was killed in the middle of a transaction that had spilled into the file.
+fn with_hot_journal() -> TestDb {
     let db = TestDb::new();
     let mut victim = Agent::with_db(db.path(), "kanbanlock");
     victim.execute(SCHEMA).unwrap();
@@ -292,6 +290,14 @@ fn a_hot_journal_is_rolled_back_under_the_flock() {
         .unwrap();
     victim.kill();
     assert!(db.beside("-journal").metadata().unwrap().len() > 0, "the journal is hot");
+    db
+}
+
+/// kill -9 in the middle of a transaction: the kernel releases the flock with the process, SQLite rolls back,
+/// and the rollback of the hot journal (row L4) is itself under the flock.
+#[test]
+fn a_hot_journal_is_rolled_back_under_the_flock() {
+    let db = with_hot_journal();
 
     let probe = WriteProbe::new(true);
     let stack = Stack::new(probe.clone());
@@ -308,13 +314,7 @@ fn a_hot_journal_is_rolled_back_under_the_flock() {
 /// Row L4, refused: while an outsider holds the flock, a hot journal stays hot, and is not deleted.
 #[test]
 fn a_hot_journal_waits_for_an_outside_flock() {
-    let db = TestDb::new();
-    let mut victim = Agent::with_db(db.path(), "kanbanlock");
-    victim.execute(SCHEMA).unwrap();
-    victim
-        .execute("PRAGMA cache_size = 2; BEGIN IMMEDIATE; UPDATE task SET title = title || 'lost'")
-        .unwrap();
-    victim.kill();
+    let db = with_hot_journal();
 
     let mut outsider = Agent::start();
     outsider.ask(&Task::Flock(db.lock_file())).unwrap();
