@@ -16,8 +16,8 @@
 //! ## Key operations
 //! - `fcntl` with F_SETLK, F_GETLK, F_SETLKW: the same with F_OFD_… on the canonical description of the descriptor's
 //!   inode, which is opened at the first lock call. Everything else passes untouched.
-//! - `close`: a user that goes takes its slot with it; the last one takes the canonical description, *before* the
-//!   real close, as POSIX locks would go.
+//! - `close`: a user that goes takes its slot with it; the last one unlocks and closes the canonical description, *before*
+//!   the real close, as POSIX locks would go.
 //! - `open`: a descriptor number that comes back with a slot was closed behind our back: the slot is stale.
 //!
 //! ## Invariants
@@ -468,7 +468,13 @@ impl Table {
         for inode in &mut self.inodes {
             inode.users.retain(|user| user.fd != fd);
         }
-        // Dropping an inode closes its canonical description, and with it gives up its locks.
+        // The last user of an inode gives up all its locks, as close(2) does with POSIX locks: at once, by F_UNLCK, since a
+        // child between vfork and exec may share the description for a moment. Dropping the inode closes it.
+        for inode in self.inodes.iter().filter(|inode| inode.users.is_empty()) {
+            if let Some(canonical) = &inode.canonical {
+                let _ = sys::ofd_unlock_all(canonical.as_fd());
+            }
+        }
         self.inodes.retain(|inode| !inode.users.is_empty());
     }
 

@@ -231,6 +231,19 @@ pub fn is_read_only(fd: BorrowedFd<'_>) -> io::Result<bool> {
     Ok(flags & libc::O_ACCMODE == libc::O_RDONLY)
 }
 
+/// Gives up every lock of this open file description: fcntl(2), F_OFD_SETLK with F_UNLCK, from 0 to "the end of the file,
+/// no matter how large it grows" (l_len 0).
+pub fn ofd_unlock_all(fd: BorrowedFd<'_>) -> io::Result<()> {
+    // SAFETY: a structure of integers, for which all zeroes are valid: from SEEK_SET, 0, to the end.
+    let mut unlock: libc::flock = unsafe { std::mem::zeroed() };
+    #[allow(clippy::cast_possible_truncation)] // F_UNLCK is 2
+    {
+        unlock.l_type = libc::F_UNLCK as libc::c_short;
+    }
+    // SAFETY: `fd` is borrowed, hence open; the command takes a pointer to a flock structure.
+    check(unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_OFD_SETLK, &raw mut unlock) })
+}
+
 /// A new open file description, O_CLOEXEC, of the file that `fd` is open on: "for file descriptors for … files,
 /// /proc/pid/fd/ entries are symbolic links to the file", which open(2) follows even where it was unlinked. proc(5)
 ///
