@@ -65,6 +65,9 @@ enum Schedule {
 /// Transactions of each thread.
 const TRANSACTIONS: i64 = 300;
 
+/// Long enough for any turn to come.
+const WAIT: &str = "PRAGMA busy_timeout = 60000";
+
 /// What one thread saw.
 #[derive(Default)]
 struct Account {
@@ -89,7 +92,7 @@ impl Client<'_> {
         // Nothing here is about power loss.
         self.db.exec("PRAGMA synchronous = OFF");
         if matches!(schedule, Schedule::FreeRunning) {
-            self.db.exec("PRAGMA busy_timeout = 60000");
+            self.db.exec(WAIT);
         }
         for number in 0..TRANSACTIONS {
             let id = self.first_id + number;
@@ -118,7 +121,10 @@ impl Client<'_> {
         }
         barrier.wait();
         if !is_in {
+            // In WAL mode both may have been refused: the one by the other, the other by a snapshot that was stale.
+            self.db.exec(WAIT);
             self.transaction(id);
+            self.db.exec("PRAGMA busy_timeout = 0");
         }
     }
 
