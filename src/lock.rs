@@ -164,7 +164,7 @@ impl ShmRequest {
 
 /// The calls of `sqlite3_io_methods` that change locks, with their raw arguments and result codes.
 ///
-/// `real.rs` implements it on a file of the real VFS; the simulation (`tests/simulation.rs`) on a model of one.
+/// `real.rs` implements it on a file of the real VFS; the simulation (`src/tests/simulation.rs`) on a model of one.
 pub trait RealLocks {
     /// `xLock`
     fn x_lock(&self, level: c_int) -> c_int;

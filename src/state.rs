@@ -16,7 +16,7 @@
 //! The machine is pure. A call of SQLite's is handled in two steps, with the real VFS's answer in between:
 //! `ask_*` says what must happen before the call is forwarded, `*_done` gives the state after it. Every
 //! `*_done` also names the row of the table that it followed; tests hold each row against a second copy of
-//! the table (`tests/transitions.rs`).
+//! the table (`src/tests/transitions.rs`).
 //!
 //! Row L2w: in WAL mode RESERVED is asked for by `sqlite3PagerSetJournalMode` alone, to delete an old rollback journal,
 //! and `pager_unlock` may leave it behind for the life of the connection. It protects no write of the database file, so

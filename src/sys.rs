@@ -1,8 +1,8 @@
-//! The system calls behind the lock file, as safe functions: open(2), fstat(2), lstat(2), flock(2), fchmod(2),
-//! fchown(2).
+//! The system calls behind the lock file and the close-proof locks, as safe functions: open(2), stat(2), flock(2),
+//! fchmod(2), fchown(2), fcntl(2), clock_gettime(2), and what `/proc/self` tells of descriptors.
 //!
-//! Each function is one system call, retried on EINTR where the manual allows it, with the error as
-//! [`io::Error`]. What the errors mean is `gate.rs`'s business.
+//! Each function makes one call, retried on EINTR where the manual allows it, with the error as [`io::Error`]. What the
+//! errors mean is for `gate.rs` and `ofd.rs` to say.
 //!
 //! [`ErrnoGuard`] keeps the promise of ARCHITECTURE.md ("errno"): SQLite's core asks `xGetLastError` after a
 //! failure, and must find the errno that the *real* VFS left, not one of ours.

@@ -42,46 +42,35 @@ fn is_kept_out(peer: &mut Agent, sql: &str) -> bool {
     }
 }
 
+/// The victim holds a lock; some code in its process closes `<db><suffix>`; a peer tries to `intrude`.
+fn assert_survives_a_stray_close(journal_mode: &str, hold: &str, suffix: &str, intrude: &str) {
+    for is_shimmed in [false, true] {
+        let db = database(journal_mode);
+        let mut victim = victim(&db, is_shimmed);
+        victim.execute(hold).unwrap();
+        let mut peer = Agent::stock_with_db(db.path());
+        assert!(is_kept_out(&mut peer, intrude), "before the stray close");
+        victim.ask(&Task::StrayClose(db.beside(suffix))).unwrap();
+        assert_eq!(is_kept_out(&mut peer, intrude), is_shimmed);
+    }
+}
+
 /// Rollback mode, the database file: RESERVED is lost, and a second writer gets in.
 #[test]
 fn a_writers_reserved_lock() {
-    for is_shimmed in [false, true] {
-        let db = database("delete");
-        let mut victim = victim(&db, is_shimmed);
-        victim.execute("BEGIN IMMEDIATE; UPDATE t SET x = 2").unwrap();
-        let mut peer = Agent::stock_with_db(db.path());
-        assert!(is_kept_out(&mut peer, "BEGIN IMMEDIATE"), "before the stray close");
-        victim.ask(&Task::StrayClose(db.path().to_owned())).unwrap();
-        assert_eq!(is_kept_out(&mut peer, "BEGIN IMMEDIATE"), is_shimmed);
-    }
+    assert_survives_a_stray_close("delete", "BEGIN IMMEDIATE; UPDATE t SET x = 2", "", "BEGIN IMMEDIATE");
 }
 
 /// Rollback mode: a reader's SHARED is lost, and a writer commits under it.
 #[test]
 fn a_readers_shared_lock() {
-    for is_shimmed in [false, true] {
-        let db = database("delete");
-        let mut victim = victim(&db, is_shimmed);
-        victim.execute("BEGIN; SELECT * FROM t").unwrap();
-        let mut peer = Agent::stock_with_db(db.path());
-        assert!(is_kept_out(&mut peer, "UPDATE t SET x = 2"), "before the stray close");
-        victim.ask(&Task::StrayClose(db.path().to_owned())).unwrap();
-        assert_eq!(is_kept_out(&mut peer, "UPDATE t SET x = 2"), is_shimmed);
-    }
+    assert_survives_a_stray_close("delete", "BEGIN; SELECT * FROM t", "", "UPDATE t SET x = 2");
 }
 
 /// WAL mode, `-shm`: WRITE is lost, and a second writer is admitted.
 #[test]
 fn a_wal_writers_write_lock() {
-    for is_shimmed in [false, true] {
-        let db = database("wal");
-        let mut victim = victim(&db, is_shimmed);
-        victim.execute("BEGIN IMMEDIATE; UPDATE t SET x = 2").unwrap();
-        let mut peer = Agent::stock_with_db(db.path());
-        assert!(is_kept_out(&mut peer, "BEGIN IMMEDIATE"), "before the stray close");
-        victim.ask(&Task::StrayClose(db.beside("-shm"))).unwrap();
-        assert_eq!(is_kept_out(&mut peer, "BEGIN IMMEDIATE"), is_shimmed);
-    }
+    assert_survives_a_stray_close("wal", "BEGIN IMMEDIATE; UPDATE t SET x = 2", "-shm", "BEGIN IMMEDIATE");
 }
 
 /// WAL mode: a reader's mark is lost, and a checkpoint truncates the WAL that the reader is reading.
