@@ -36,7 +36,7 @@
 //! | L8 | ≥ requested | xLock same or lower | – | any | no change |
 //! | L9 | any | xUnlock SHARED | – | OK | at most SHARED; release unless a shm reason remains |
 //! | L10 | any | xUnlock NONE | – | OK | NONE; release unless a shm reason remains |
-//! | L11 | any | xUnlock | – | not OK | the level that `SQLITE_FCNTL_LOCKSTATE` gives, if lower; unknown → as before, stay held |
+//! | L11 | any | xUnlock | – | not OK | the level that `SQLITE_FCNTL_LOCKSTATE` gives, if lower; unknown → as before, stay held; lent → SHARED |
 //! | S1 | any | shm LOCK·SHARED | – | any | `shared` grows if OK; release if no reason is left |
 //! | S2 | free | shm LOCK·EXCL with WRITE, own READ or CKPT held | try; refused → BUSY, real not called | OK | held |
 //! | S3 | free | same | taken | not OK | release |
@@ -238,9 +238,11 @@ impl State {
             (LockLevel::Shared, Reply::Ok) => (self.level.min(to), Row::L9),
             (LockLevel::None, Reply::Ok) => (to, Row::L10),
             // Never above the level before: an older os_unix tells of the PENDING that a refused EXCLUSIVE (L5) has
-            // left, and the gate was released then.
+            // left, and the gate was released then. Unknown: the gate stays if it is held; if it is lent, whatever
+            // comes next must ask for it, as from SHARED.
             (_, Reply::Busy | Reply::Error) => {
-                (lock_state().map_or(self.level, |real| real.min(self.level)), Row::L11)
+                let unknown = if self.lent { LockLevel::Shared } else { self.level };
+                (lock_state().unwrap_or(unknown).min(self.level), Row::L11)
             }
         };
         let lent = self.lent && matches!(level, LockLevel::Reserved | LockLevel::Pending);

@@ -734,6 +734,9 @@ impl Simulation {
                 } else if tells_lock_state {
                     after.level = before.level.min(world.locks[who].level as c_int);
                     sight = Some("L11: LOCKSTATE tells");
+                } else if before.is_lent {
+                    after.level = SHARED;
+                    sight = Some("L11: nobody knows, and the gate was lent");
                 }
                 after.is_lent = before.is_lent && matches!(after.level, RESERVED | PENDING);
             }
@@ -880,6 +883,7 @@ fn the_driver_keeps_its_order() {
         "L7w: the gate is lent",
         "L7w: the lent gate is retaken",
         "L11: LOCKSTATE tells",
+        "L11: nobody knows, and the gate was lent",
         "S2, S4, K1: a writer or a checkpoint, gated",
         "S5: recovery's WRITE, not gated",
         "X1: forwarded as it is",

@@ -460,10 +460,13 @@ fn is_strange_unlock(_: &File, call: Call) -> bool {
     matches!(call, Unlock(RESERVED | PENDING | EXCLUSIVE))
 }
 
-/// "the level that LOCKSTATE gives, if lower; unknown → as before"
+/// "the level that LOCKSTATE gives, if lower; unknown → as before; lent → SHARED"
 fn as_lock_state_says(file: File, answer: Answer) -> File {
-    let Answer::RealWithLockState(_, Some(level)) = answer else { return file };
-    let level = file.level.min(level as u8);
+    let level = match answer {
+        Answer::RealWithLockState(_, Some(level)) => file.level.min(level as u8),
+        _ if file.lent => SHARED,
+        _ => file.level,
+    };
     File { lent: file.lent && matches!(level, RESERVED | PENDING), ..file.with_level(level) }
 }
 
