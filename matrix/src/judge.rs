@@ -33,6 +33,9 @@ pub type Failure = Box<dyn Error + Send + Sync>;
 
 const TURNS: u32 = 2;
 const AT_ONCE: u32 = 50;
+/// Of each program, where all write at once: whoever is unlucky waits for most of the others' transactions, and gives up
+/// after 30 s.
+const TOGETHER: u32 = 20;
 
 /// How the programs come to kanbanlock.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -112,7 +115,7 @@ pub fn judge_together(programs: &[(&Row, std::path::PathBuf)]) -> Result<Seen, F
     for (row, program) in programs {
         writers.push(Writer::start(program, row, Way::ByName, dir.path(), row.name)?);
     }
-    let held = at_once(&mut writers, AT_ONCE, dir.path())?;
+    let held = at_once(&mut writers, TOGETHER, dir.path())?;
     let acknowledged = end_all(writers)?;
     let sqlite = audit(dir.path(), &acknowledged)?;
     Ok(Seen { commits: acknowledged.len(), held, sqlite })

@@ -76,13 +76,12 @@ fn run(rows: &[&Row], is_whole: bool) -> Result<(), Failure> {
             }
         };
         let built = start.elapsed();
-        let mut cells = vec![row.name.to_owned()];
+        let mut cells = Vec::new();
+        let mut sqlite = String::new();
         for way in [Way::ByName, Way::AsDefault, Way::Stock] {
             match judge::judge(row, &program, way).and_then(|seen| as_it_should_be(seen, way)) {
                 Ok(seen) => {
-                    if way == Way::ByName {
-                        cells.push(seen.sqlite.join(", "));
-                    }
+                    sqlite = seen.sqlite.join(", ");
                     cells.push(format!("{} of {}", seen.held, seen.commits));
                 }
                 Err(failure) => {
@@ -91,6 +90,7 @@ fn run(rows: &[&Row], is_whole: bool) -> Result<(), Failure> {
                 }
             }
         }
+        cells.splice(0..0, [row.name.to_owned(), sqlite]);
         eprintln!(
             "{}: {cells:?}; built in {:.1} s, run in {:.1} s",
             row.package(),
