@@ -81,7 +81,9 @@ fn run(rows: &[&Row], is_whole: bool) -> Result<(), Failure> {
         for way in [Way::ByName, Way::AsDefault, Way::Stock] {
             match judge::judge(row, &program, way).and_then(|seen| as_it_should_be(seen, way)) {
                 Ok(seen) => {
-                    sqlite = seen.sqlite.join(", ");
+                    if way == Way::ByName {
+                        sqlite = seen.sqlite.join(", ");
+                    }
                     cells.push(format!("{} of {}", seen.held, seen.commits));
                 }
                 Err(failure) => {
