@@ -146,8 +146,13 @@ impl LockFile {
                 // Waiting anyway, so look closely: the holder of a dead file must not keep us out.
                 descriptor.checked = None;
             }
-            if self.is_in_place(descriptor) {
-                return Ok(acquired);
+            match self.is_in_place(descriptor) {
+                Ok(true) => return Ok(acquired),
+                Ok(false) => {}
+                Err(error) => {
+                    close(&mut slot);
+                    return Err(self.cannot_be("examined", &error));
+                }
             }
             // Closing the stale descriptor releases its flock.
             close(&mut slot);
@@ -171,21 +176,29 @@ impl LockFile {
     /// last answer stands: the check costs a third of all that the gate costs, and a replacement is an accident, to be
     /// noticed soon, while SQLite's own locks still exclude.
     #[inline]
-    fn is_in_place(&self, descriptor: &mut Descriptor) -> bool {
+    fn is_in_place(&self, descriptor: &mut Descriptor) -> io::Result<bool> {
         let now = sys::tick();
-        descriptor.checked.is_some_and(|checked| checked.at == now) || self.check_in_place(descriptor, now)
+        if descriptor.checked.is_some_and(|checked| checked.at == now) {
+            return Ok(true);
+        }
+        self.check_in_place(descriptor, now)
     }
 
     #[inline(never)]
-    fn check_in_place(&self, descriptor: &mut Descriptor, now: Tick) -> bool {
-        let Ok(attributes) = sys::fstat(descriptor.fd.as_fd()) else { return false };
+    fn check_in_place(&self, descriptor: &mut Descriptor, now: Tick) -> io::Result<bool> {
+        let attributes = sys::fstat(descriptor.fd.as_fd())?;
         if attributes.links == 0 {
-            return false;
+            return Ok(false);
         }
         let is_unchanged = descriptor.checked.is_some_and(|checked| checked.changed == attributes.changed);
-        let is_in_place = is_unchanged || sys::lstat(&self.path).is_ok_and(|there| there.id == descriptor.id);
+        let is_in_place = is_unchanged
+            || match sys::lstat(&self.path) {
+                Ok(there) => there.id == descriptor.id,
+                Err(error) if error.kind() == io::ErrorKind::NotFound => false,
+                Err(error) => return Err(error),
+            };
         descriptor.checked = is_in_place.then_some(Checked { at: now, changed: attributes.changed });
-        is_in_place
+        Ok(is_in_place)
     }
 
     fn open(&self) -> Result<Descriptor, Failure> {
@@ -225,8 +238,7 @@ impl LockFile {
     }
 
     fn admit(&self, fd: OwnedFd) -> Result<Descriptor, Failure> {
-        let attributes = sys::fstat(fd.as_fd())
-            .map_err(|error| self.failure(rc::CANTOPEN, &format!("cannot be examined: {error}")))?;
+        let attributes = sys::fstat(fd.as_fd()).map_err(|error| self.cannot_be("examined", &error))?;
         if !attributes.is_regular() {
             return Err(self.not_regular(&attributes));
         }
@@ -348,7 +360,7 @@ impl LockFile {
                 "exists, but this process may not open it for reading and writing. Give it the database's \
                  owner and mode (chown --reference, chmod --reference)",
             ),
-            _ => self.cannot_create_or_open("opened", error),
+            _ => self.cannot_be("opened", error),
         }
     }
 
@@ -359,11 +371,11 @@ impl LockFile {
                 "does not exist, and this process may not create files in its folder. Make the folder \
                  writable (SQLite needs that for its journals too), or create the file beforehand",
             ),
-            _ => self.cannot_create_or_open("created", error),
+            _ => self.cannot_be("created", error),
         }
     }
 
-    fn cannot_create_or_open(&self, verb: &str, error: &io::Error) -> Failure {
+    fn cannot_be(&self, verb: &str, error: &io::Error) -> Failure {
         let (code, advice) = match error.raw_os_error() {
             Some(libc::EROFS) => (rc::READONLY_DIRECTORY, "open the database with mode=ro"),
             Some(libc::ENOSPC | libc::EDQUOT) => (rc::FULL, "free some space"),
