@@ -49,12 +49,17 @@
 //! client's p99, Jain's index and the time-weighted median (`stats.rs`) beside it.
 
 mod client;
+mod goals;
 #[path = "../overhead/machine.rs"]
 mod machine;
+#[path = "../overhead/markers.rs"]
+mod markers;
 #[allow(dead_code, reason = "the overhead benchmark's confidence intervals")]
 #[path = "../overhead/stats.rs"]
 mod median;
 mod options;
+mod plot;
+mod report;
 mod results;
 mod run;
 mod stats;
@@ -62,12 +67,14 @@ mod table;
 mod variant;
 mod workload;
 
+use std::path::Path;
 use std::process::ExitCode;
 
 use clap::Parser as _;
 
 use crate::machine::Machine;
 use crate::options::Options;
+use crate::report::Report;
 use crate::results::Outcome;
 use crate::run::Run;
 use crate::variant::Variant;
@@ -93,21 +100,33 @@ fn main() -> ExitCode {
 
 /// All of it; false if a run failed.
 fn bench(options: &Options) -> Result<bool> {
-    let machine = Machine::look(&options.dir)?;
-    println!("{machine}");
-    let (cells, variants) = (options.cells(), options.variants());
+    let (cells, variants, repetitions) = (options.cells(), options.variants(), options.repetitions());
     if cells.is_empty() || variants.is_empty() {
         return Err("nothing to run: no workload or variant of that name".into());
     }
-    let mut failures = Vec::new();
+    let machine = Machine::look(&options.dir)?;
+    println!("{machine}");
+    let runs = cells.len() * variants.len() * usize::try_from(repetitions)?;
+    let minutes = runs as f64 * (options.duration().as_secs_f64() + 0.3) / 60.0;
+    println!("{runs} runs of {} s, {minutes:.1} minutes or a little more", options.duration().as_secs_f64());
+
+    let mut report =
+        Report { machine, repetitions, outcomes: Vec::new(), checks: Vec::new(), failures: Vec::new() };
     for &cell in &cells {
-        let outcome = compete(cell, &variants, options, &mut failures)?;
-        println!("{}", table::to_text(&outcome, options.repetitions()));
+        let outcome = compete(cell, &variants, options, &mut report.failures)?;
+        println!("{}", table::to_text(&outcome, repetitions));
+        report.checks.extend(goals::check(&outcome));
+        report.outcomes.push(outcome);
+        report.write(&options.output()?)?; // after each cell: an interrupted run leaves what it has
     }
-    for failure in &failures {
-        println!("FAILED: {failure}");
+    if options.compares() {
+        report.checks.iter().for_each(|check| println!("{check}"));
     }
-    Ok(failures.is_empty())
+    report.failures.iter().for_each(|failure| println!("FAILED   {failure}"));
+    if options.docs && report.failures.is_empty() {
+        report.publish(Path::new(env!("CARGO_MANIFEST_DIR")))?;
+    }
+    Ok(report.failures.is_empty())
 }
 
 /// All repetitions of one cell.

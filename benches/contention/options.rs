@@ -1,12 +1,13 @@
 //! The command line, and the cells and variants that it asks for.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use clap::Parser;
 
 use crate::variant::Variant;
 use crate::workload::{Cell, Workload};
+use crate::{Result, goals};
 
 /// SQLite under contention: writer processes on one database, stock beside kanbanlock.
 #[derive(Parser)]
@@ -14,11 +15,11 @@ use crate::workload::{Cell, Workload};
 pub(crate) struct Options {
     /// A short run over few cells, for CI
     #[arg(long)]
-    pub(crate) quick: bool,
+    quick: bool,
 
     /// The whole matrix: every axis that is not named below in full
     #[arg(long, conflicts_with = "quick")]
-    pub(crate) full: bool,
+    full: bool,
 
     /// Length of one run [default: 5; with --quick 0.5]
     #[arg(long, value_name = "S", value_parser = parse_seconds)]
@@ -56,6 +57,21 @@ pub(crate) struct Options {
     #[arg(long, value_name = "NAME=PARAMETERS", value_parser = parse_kanbanlock)]
     kanbanlock: Vec<Variant>,
 
+    /// Check the goals too; if no axis is named, run their cells only
+    #[arg(long)]
+    compare: bool,
+
+    /// Put the pictures into docs/img and the table into README.md (with the default cells only)
+    #[arg(long, conflicts_with_all = [
+        "quick", "full", "compare", "seconds", "repetitions", "writers", "readers", "think", "workload", "variants",
+        "uri_parameters", "kanbanlock",
+    ])]
+    pub(crate) docs: bool,
+
+    /// Directory for contention.json and the pictures [default: Cargo's target directory]
+    #[arg(long, value_name = "PATH")]
+    output: Option<PathBuf>,
+
     /// Directory that stands for the disk
     #[arg(long, value_name = "PATH", default_value = env!("CARGO_TARGET_TMPDIR"), hide_default_value = true)]
     pub(crate) dir: PathBuf,
@@ -66,12 +82,33 @@ pub(crate) struct Options {
 }
 
 impl Options {
+    /// Whether it is to be quick: on request, and when `cargo test` runs it, which does not pass `--bench`.
+    fn is_quick(&self) -> bool {
+        self.quick || !self.bench
+    }
+
+    /// Whether the goals are to be checked.
+    pub(crate) fn compares(&self) -> bool {
+        self.compare
+    }
+
+    /// Of one run.
     pub(crate) fn duration(&self) -> Duration {
-        self.seconds.unwrap_or(Duration::from_millis(if self.quick { 500 } else { 5000 }))
+        self.seconds.unwrap_or(Duration::from_millis(if self.is_quick() { 500 } else { 5000 }))
+    }
+
+    /// Where the JSON file and the pictures go.
+    pub(crate) fn output(&self) -> Result<PathBuf> {
+        match &self.output {
+            Some(path) => Ok(path.clone()),
+            None => {
+                Ok(Path::new(env!("CARGO_TARGET_TMPDIR")).parent().ok_or("no target directory")?.to_owned())
+            }
+        }
     }
 
     pub(crate) fn repetitions(&self) -> u32 {
-        self.repetitions.unwrap_or(if self.quick { 1 } else { 5 })
+        self.repetitions.unwrap_or(if self.is_quick() { 1 } else { 5 })
     }
 
     /// Who competes, in the order of the first repetition.
@@ -91,7 +128,11 @@ impl Options {
         let all = self.full;
         let axis_is_named = self.writers.is_some() || self.readers.is_some() || self.think.is_some();
         if !all && !axis_is_named && self.workload.is_none() {
-            return if self.quick { quick_cells() } else { default_cells() };
+            return match self.compare {
+                true => goals::cells(),
+                false if self.is_quick() => quick_cells(),
+                false => default_cells(),
+            };
         }
         let writers = self.writers.clone();
         let writers = writers.unwrap_or(if all { vec![1, 2, 4, 8, 16, 32] } else { vec![16] });
@@ -117,18 +158,16 @@ const ONE_MS: Duration = Duration::from_millis(1);
 /// case with fewer and with more writers.
 fn default_cells() -> Vec<Cell> {
     let cell = |workload, think, writers, readers| Cell { workload, think, writers, readers };
-    vec![
-        cell(Workload::DELETE_TMPFS, ONE_MS, 16, 0),
-        cell(Workload::WAL_DISK, ONE_MS, 16, 0),
-        cell(Workload::WAL_TMPFS, TIGHT, 16, 0),
-        cell(Workload::DELETE_TMPFS, TIGHT, 16, 0),
+    let mut cells = goals::cells();
+    cells.extend([
         cell(Workload::DELETE_TMPFS, ONE_MS, 16, 4),
         cell(Workload::WAL_DISK, ONE_MS, 16, 4),
         cell(Workload::DELETE_DISK, ONE_MS, 16, 0),
         cell(Workload::WAL_DISK, ONE_MS, 1, 0),
         cell(Workload::WAL_DISK, ONE_MS, 4, 0),
         cell(Workload::WAL_DISK, ONE_MS, 32, 0),
-    ]
+    ]);
+    cells
 }
 
 /// One cell of each workload, both think times, with and without readers.

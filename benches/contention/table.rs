@@ -2,15 +2,14 @@
 
 use std::fmt::Write as _;
 
+use crate::machine::Machine;
 use crate::results::{Figure, Figures, Lane, Outcome};
-
-/// The columns of the table on stdout. The readers' come only where there are readers.
-const COLUMNS: [Figure; 15] = Figure::ALL;
+use crate::variant::KANBANLOCK;
 
 /// For each variant a line of medians, one of the spread (smallest … largest) and one of ratios to stock.
 pub(crate) fn to_text(outcome: &Outcome, repetitions: u32) -> String {
     let with_readers = outcome.cell.readers > 0;
-    let columns: Vec<Figure> = COLUMNS
+    let columns: Vec<Figure> = Figure::ALL
         .into_iter()
         .filter(|figure| with_readers || !matches!(figure, Figure::Reads | Figure::ReadP99))
         .collect();
@@ -38,6 +37,58 @@ pub(crate) fn to_text(outcome: &Outcome, repetitions: u32) -> String {
             line(&mut text, "  to stock", columns.iter().map(ratio));
         }
     }
+    text
+}
+
+/// README's table: one row for each cell, stock's median → kanbanlock's.
+pub(crate) fn to_markdown(outcomes: &[Outcome], repetitions: u32, machine: &Machine) -> String {
+    const COLUMNS: [Figure; 9] = [
+        Figure::Commits,
+        Figure::P99,
+        Figure::P999,
+        Figure::Max,
+        Figure::TimeWeightedMedian,
+        Figure::Jain,
+        Figure::Busy,
+        Figure::Cpu,
+        Figure::Wal,
+    ];
+    let mut text = "| `unix` → **`kanbanlock`** | ".to_owned();
+    text.push_str(&COLUMNS.map(Figure::label).join(" | "));
+    text.push_str(" |\n|");
+    text.push_str(&"---|".repeat(1 + COLUMNS.len()));
+    for outcome in outcomes {
+        let Some(lane) = outcome.lanes.iter().find(|lane| lane.variant.name == KANBANLOCK) else { continue };
+        let medians = (outcome.stock().and_then(Lane::summary), lane.summary(), outcome.ratios(lane));
+        let (Some(stock), Some(ours), Some(ratios)) = medians else { continue };
+        let _ = write!(text, "\n| {} |", outcome.cell);
+        for figure in COLUMNS {
+            let (before, after) = (show(figure, &stock.median), show(figure, &ours.median));
+            let ratio = ratios.median[figure];
+            let ratio = match figure {
+                Figure::Commits | Figure::P99 | Figure::P999 | Figure::Max => format!(" ({})", times(ratio)),
+                _ => String::new(),
+            };
+            let _ = write!(text, " {before} → {after}{ratio} |");
+        }
+    }
+    let seconds = outcomes.first().map_or(0.0, |outcome| outcome.seconds);
+    let _ = write!(
+        text,
+        "\n\n\
+         ![Latency distributions](docs/img/contention-latency.svg)\n\
+         ![Commits of each writer](docs/img/contention-fairness.svg)\n\
+         \n\
+         Medians of {repetitions} runs of {seconds} s, the variants in turns; in brackets the median ratio of runs side by \
+         side. Latency in milliseconds from before BEGIN to after COMMIT, both with `busy_timeout` 5000. OFF and NORMAL are \
+         `synchronous`; think: what a writer sleeps between two transactions. tw median: half of all the time that \
+         writers spent in transactions was spent in ones at most this long. Jain: fairness over the writers' commits, 1 is \
+         equal. BUSY: SQLITE_BUSY that reached the application. CPU µs: the writers', per commit. WAL MB: its largest \
+         size. Every acknowledged commit was found in the database afterwards. All figures, and those of an \
+         application's own flock and of a 1 ms busy handler: `cargo bench --bench contention`.\n\
+         \n\
+         {machine}\n"
+    );
     text
 }
 

@@ -36,6 +36,8 @@ pub(crate) struct Variant {
 
 /// The baseline of all ratios.
 pub(crate) const STOCK: &str = "stock";
+/// What README's table shows beside it.
+pub(crate) const KANBANLOCK: &str = "kanbanlock";
 
 impl Variant {
     /// All that have a name by themselves: the first four are the default.
@@ -50,7 +52,7 @@ impl Variant {
             variant(STOCK, false, Waiting::BusyTimeout, false),
             variant("stock-1ms", false, Waiting::OwnHandler, false),
             variant("app-flock", false, Waiting::BusyTimeout, true),
-            variant("kanbanlock", true, Waiting::BusyTimeout, false),
+            variant(KANBANLOCK, true, Waiting::BusyTimeout, false),
             variant("kanbanlock-1ms", true, Waiting::OwnHandler, false),
             variant("kanbanlock-mixed", true, Waiting::Mixed, false),
         ]
