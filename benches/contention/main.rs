@@ -104,7 +104,10 @@ fn bench(options: &Options) -> Result<bool> {
     if cells.is_empty() || variants.is_empty() {
         return Err("nothing to run: no workload or variant of that name".into());
     }
-    let machine = Machine::look(&options.dir)?;
+    let output = options.output()?;
+    std::fs::create_dir_all(&output).map_err(|error| format!("--output {}: {error}", output.display()))?;
+    let machine =
+        Machine::look(&options.dir).map_err(|error| format!("--dir {}: {error}", options.dir.display()))?;
     println!("{machine}");
     let runs = cells.len() * variants.len() * usize::try_from(repetitions)?;
     let minutes = runs as f64 * (options.duration().as_secs_f64() + 0.3) / 60.0;
@@ -112,13 +115,15 @@ fn bench(options: &Options) -> Result<bool> {
 
     let mut report =
         Report { machine, repetitions, outcomes: Vec::new(), checks: Vec::new(), failures: Vec::new() };
+    let mut files = None;
     for &cell in &cells {
         let outcome = compete(cell, &variants, options, &mut report.failures)?;
         println!("{}", table::to_text(&outcome, repetitions));
         report.checks.extend(goals::check(&outcome));
         report.outcomes.push(outcome);
-        report.write(&options.output()?)?; // after each cell: an interrupted run leaves what it has
+        files = Some(report.write(&output)?); // after each cell: an interrupted run leaves what it has
     }
+    files.iter().flatten().for_each(|path| println!("{}", path.display()));
     if options.compares() {
         report.checks.iter().for_each(|check| println!("{check}"));
     }

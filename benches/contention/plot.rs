@@ -176,12 +176,12 @@ fn typical_run(lane: &Lane) -> Vec<u32> {
     run
 }
 
-/// Without the points that nobody sees: those that differ from the last by less than half a percent in both.
+/// Without the points that nobody sees: those that differ from the last by less than two percent in both.
 pub(crate) fn thinned(points: &[(u64, f64)]) -> Vec<(u64, f64)> {
     let mut thinned: Vec<(u64, f64)> = Vec::new();
     for (at, &point) in points.iter().enumerate() {
         let is_near = |last: &(u64, f64)| {
-            (point.0 as f64) < 1.005 * last.0 as f64 && last.1 / point.1 < 1.005 && at + 1 < points.len()
+            (point.0 as f64) < 1.02 * last.0 as f64 && last.1 / point.1 < 1.02 && at + 1 < points.len()
         };
         if !thinned.last().is_some_and(is_near) {
             thinned.push(point);

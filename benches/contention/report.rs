@@ -25,13 +25,12 @@ pub(crate) struct Report {
 }
 
 impl Report {
-    /// Writes `contention.json` and the two pictures into `directory`, and says so.
-    pub(crate) fn write(&self, directory: &Path) -> Result<()> {
+    /// Writes `contention.json` and the two pictures into `directory`; returns their names.
+    pub(crate) fn write(&self, directory: &Path) -> Result<[PathBuf; 3]> {
         let json = directory.join("contention.json");
-        std::fs::write(&json, serde_json::to_string_pretty(&self.to_json())? + "\n")?;
-        let pictures = self.draw(directory)?;
-        println!("{}\n{}", json.display(), pictures.map(|path| path.display().to_string()).join("\n"));
-        Ok(())
+        std::fs::write(&json, serde_json::to_string(&self.to_json())? + "\n")?;
+        let [latency, fairness] = self.draw(directory)?;
+        Ok([json, latency, fairness])
     }
 
     /// Puts the pictures into `docs/img` and the table into `README.md` of this package.

@@ -128,6 +128,7 @@ impl Figures {
             worst_p99 = worst_p99.max(client.latencies()?.value_at_quantile(0.99));
         }
         let in_time = || run.writers.iter().map(|client| f64::from(client.in_time));
+        let read: u32 = run.readers.iter().map(|client| client.in_time).sum();
         let commits: u32 = run.writers.iter().map(|client| client.done).sum();
         let busy: u32 = run.writers.iter().chain(&run.readers).map(|client| client.busy).sum();
         let cpu: f64 = run.writers.iter().map(|client| client.cpu.as_secs_f64()).sum();
@@ -146,9 +147,7 @@ impl Figures {
                 Figure::Cpu => cpu * 1e6 / f64::from(commits),
                 Figure::Wal => run.peak_wal as f64 / 1e6,
                 Figure::Audited => f64::from(commits),
-                Figure::Reads => {
-                    run.readers.iter().map(|client| f64::from(client.in_time)).sum::<f64>() / seconds
-                }
+                Figure::Reads => f64::from(read) / seconds,
                 Figure::ReadP99 => ms(reads.value_at_quantile(0.99)),
                 Figure::Foreign => run.foreign_cpu * 100.0,
             };
