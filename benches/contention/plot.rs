@@ -108,10 +108,7 @@ pub(crate) fn fairness(outcomes: &[Outcome], path: &Path) -> Result<()> {
     }
     let root = SVGBackend::new(path, (1120, 340)).into_drawing_area();
     root.fill(&WHITE)?;
-    let root = root.titled(
-        &format!("Commits of each of the {} writers, {}", outcome.cell.writers, outcome.cell),
-        (FONT, 16),
-    )?;
+    let root = root.titled(&format!("Commits of each writer: {}", outcome.cell), (FONT, 16))?;
     let runs: Vec<Vec<u32>> = lanes.iter().map(|lane| typical_run(lane)).collect();
     let highest = runs.iter().flatten().max().copied().unwrap_or(0).max(1);
     for ((area, lane), run) in root.split_evenly((1, lanes.len())).iter().zip(&lanes).zip(&runs) {

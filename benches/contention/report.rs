@@ -20,6 +20,8 @@ pub(crate) struct Report {
     pub(crate) repetitions: u32,
     pub(crate) outcomes: Vec<Outcome>,
     pub(crate) checks: Vec<Check>,
+    /// Runs that were made again because they had been paused.
+    pub(crate) paused: u32,
     /// What went wrong, one line each.
     pub(crate) failures: Vec<String>,
 }
@@ -60,6 +62,7 @@ impl Report {
             "repetitions": self.repetitions,
             "cells": self.outcomes.iter().map(cell).collect::<Vec<_>>(),
             "goals": self.checks,
+            "paused_runs_repeated": self.paused,
             "failures": self.failures,
         })
     }

@@ -7,7 +7,7 @@ use std::io::{BufRead, BufReader, PipeReader};
 use std::path::Path;
 use std::process::{Child, ChildStdout, Command, Stdio};
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use tempfile::TempDir;
 
@@ -23,6 +23,10 @@ const TICK: Duration = Duration::from_millis(100);
 /// timed, so that a machine that was paused is not mistaken for one.
 const PATIENCE: u32 = 600;
 
+/// A look at the WAL that comes this much too late means that the parent did not run meanwhile, and most likely the
+/// clients did not either: someone stopped the processes, or the machine slept.
+const PAUSE: Duration = Duration::from_secs(1);
+
 /// What one run brought.
 pub(crate) struct Run {
     /// By the client's number.
@@ -33,6 +37,8 @@ pub(crate) struct Run {
     /// The part of the machine's processor time that went neither to the clients nor to idling: other programs', and
     /// the kernel's own threads.
     pub(crate) foreign_cpu: f64,
+    /// The run was paused for a second or more, so its latencies are not SQLite's.
+    pub(crate) was_paused: bool,
 }
 
 impl Run {
@@ -60,6 +66,7 @@ impl Run {
             readers,
             peak_wal: crew.peak_wal,
             foreign_cpu: ((busy - clients) / total).max(0.0),
+            was_paused: crew.was_paused,
         })
     }
 }
@@ -82,6 +89,7 @@ struct Crew {
     peak_wal: u64,
     /// Processor time of the machine over the run in seconds: not idle, and all of it.
     cpu: Option<[f64; 2]>,
+    was_paused: bool,
 }
 
 impl Crew {
@@ -96,6 +104,7 @@ impl Crew {
             start: Some(writer),
             peak_wal: 0,
             cpu: None,
+            was_paused: false,
         };
         let writers = (0..cell.writers).map(|number| (Role::Writer, number));
         for (role, number) in writers.chain((0..cell.readers).map(|number| (Role::Reader, number))) {
@@ -133,7 +142,9 @@ impl Crew {
         self.start = None;
         let mut silent = 0;
         while tallies.iter().any(Option::is_none) {
+            let asked = Instant::now();
             let message = self.messages.recv_timeout(TICK);
+            self.was_paused |= asked.elapsed() > TICK + PAUSE;
             self.peak_wal = self.peak_wal.max(std::fs::metadata(&wal).map_or(0, |wal| wal.len()));
             match message {
                 Ok((client, Some(line))) => {
