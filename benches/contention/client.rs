@@ -5,6 +5,7 @@
 //! clients, so closing it starts them together; and a parent that dies closes it too. It works for as long as the job
 //! says by its own clock, writes its [`Tally`] as one line of JSON, and ends.
 
+use std::ffi::c_int;
 use std::fs::File;
 use std::io::{Read, Write};
 use std::path::PathBuf;
@@ -82,6 +83,8 @@ pub(crate) fn job() -> Option<Result<Job>> {
 /// Does it.
 pub(crate) fn work(job: &Job) -> Result<()> {
     if job.variant.kanbanlock.is_some() {
+        // SAFETY: sqlite3_config must not run beside other SQLite calls; this is the only thread, and its first one.
+        unsafe { rusqlite::trace::config_log(Some(show)) }?;
         kanbanlock::register()?;
     }
     let connection = job.variant.open(&job.database, job.number)?;
@@ -106,6 +109,13 @@ pub(crate) fn work(job: &Job) -> Result<()> {
     };
     // Before the connection is closed: the last one to close runs a checkpoint.
     say(&serde_json::to_string(&tally)?)
+}
+
+/// kanbanlock's lines in SQLite's log: a refused parameter, a wait that is too long, a queue that cannot be had.
+fn show(_code: c_int, line: &str) {
+    if line.starts_with("kanbanlock:") {
+        eprintln!("{line}");
+    }
 }
 
 fn say(line: &str) -> Result<()> {

@@ -69,7 +69,11 @@ pub(crate) fn to_markdown(outcomes: &[Outcome], repetitions: u32, machine: &Mach
                 Figure::Commits | Figure::P99 | Figure::P999 | Figure::Max => format!(" ({})", times(ratio)),
                 _ => String::new(),
             };
-            let _ = write!(text, " {before} → {after}{ratio} |");
+            if before == after {
+                let _ = write!(text, " {before} |");
+            } else {
+                let _ = write!(text, " {before} → {after}{ratio} |");
+            }
         }
     }
     let seconds = outcomes.first().map_or(0.0, |outcome| outcome.seconds);
@@ -126,6 +130,7 @@ pub(crate) fn show(figure: Figure, figures: &Figures) -> String {
             format!("{value:.0}")
         }
         Figure::Jain => format!("{value:.3}"),
+        Figure::Wal if value == 0.0 => "–".to_owned(), // rollback mode
         _ => three_digits(value),
     }
 }
@@ -141,9 +146,9 @@ pub(crate) fn times(ratio: f64) -> String {
 
 fn three_digits(value: f64) -> String {
     let decimals = match value {
-        ..1.0 => 3,
-        1.0..10.0 => 2,
-        10.0..100.0 => 1,
+        ..0.9995 => 3,
+        0.9995..9.995 => 2,
+        9.995..99.95 => 1,
         _ => 0,
     };
     format!("{value:.decimals$}")

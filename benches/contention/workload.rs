@@ -180,10 +180,11 @@ impl fmt::Display for Cell {
             Duration::ZERO => write!(f, "tight")?,
             think => write!(f, "think {} ms", think.as_secs_f64() * 1000.0)?,
         }
-        write!(f, ", {}, {} writers", self.workload, self.writers)?;
+        let plural = |n| if n == 1 { "" } else { "s" };
+        write!(f, ", {}, {} writer{}", self.workload, self.writers, plural(self.writers))?;
         match self.readers {
             0 => Ok(()),
-            readers => write!(f, ", {readers} readers"),
+            readers => write!(f, ", {readers} reader{}", plural(readers)),
         }
     }
 }
