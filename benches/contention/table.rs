@@ -4,7 +4,7 @@ use std::fmt::Write as _;
 
 use crate::machine::Machine;
 use crate::results::{Figure, Figures, Lane, Outcome};
-use crate::variant::KANBANLOCK;
+use crate::variant::{KANBANLOCK, Waiting};
 
 /// For each variant a line of medians, one of the spread (smallest … largest) and one of ratios to stock.
 pub(crate) fn to_text(outcome: &Outcome, repetitions: u32) -> String {
@@ -28,6 +28,21 @@ pub(crate) fn to_text(outcome: &Outcome, repetitions: u32) -> String {
                 if low == high { "=".to_owned() } else { format!("{low}…{high}") }
             };
             line(&mut text, "  min…max", columns.iter().map(spread));
+        }
+        if lane.variant.waiting == Waiting::Mixed {
+            let handler: u64 = lane
+                .shares
+                .iter()
+                .flat_map(|run| run.iter().skip(1).step_by(2))
+                .copied()
+                .map(u64::from)
+                .sum();
+            let all: u64 = lane.shares.iter().flatten().copied().map(u64::from).sum();
+            let percent = 100.0 * handler as f64 / all as f64;
+            let _ = writeln!(
+                text,
+                "  the clients with a handler of their own have {percent:.1} % of the commits"
+            );
         }
         if let Some(ratios) = outcome.ratios(lane) {
             let ratio = |&figure: &Figure| match ratios.median[figure] {
