@@ -84,7 +84,7 @@ pub(crate) struct Options {
 impl Options {
     /// Whether it is to be quick: on request, and when `cargo test` runs it, which does not pass `--bench`.
     fn is_quick(&self) -> bool {
-        self.quick || !self.bench
+        self.quick || !(self.bench || self.docs)
     }
 
     /// Whether the goals are to be checked.
