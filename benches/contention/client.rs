@@ -5,6 +5,7 @@
 //! clients, so closing it starts them together; and a parent that dies closes it too. It works for as long as the job
 //! says by its own clock, writes its [`Tally`] as one line of JSON, and ends.
 
+use std::collections::BTreeMap;
 use std::ffi::c_int;
 use std::fs::File;
 use std::io::{Read, Write};
@@ -13,12 +14,12 @@ use std::time::{Duration, Instant};
 
 use hdrhistogram::Histogram;
 use hdrhistogram::serialization::{Deserializer, Serializer, V2DeflateSerializer};
-use rusqlite::{CachedStatement, Connection, ErrorCode};
+use rusqlite::{Connection, ErrorCode, ToSql};
 use rustix::time::{ClockId, clock_gettime};
 use serde::{Deserialize, Serialize};
 
 use crate::Result;
-use crate::variant::Variant;
+use crate::variant::{BUSY_TIMEOUT, Variant};
 use crate::workload::{BEGIN, COMMIT, COUNT, Cell, INSERT, PAYLOAD, READ, beside};
 
 /// The environment variable that holds the job, and thereby tells a client from the parent.
@@ -58,8 +59,10 @@ pub(crate) struct Tally {
     pub(crate) done: u32,
     /// Those of them that were acknowledged before the end of the job's duration.
     pub(crate) in_time: u32,
-    /// Times SQLITE_BUSY reached the application.
-    pub(crate) busy: u32,
+    /// How often SQLITE_BUSY reached the application, by statement, extended result code and whether it was early.
+    pub(crate) busy: BTreeMap<String, u32>,
+    /// Those that came when the attempt had taken less than [`BUSY_TIMEOUT`], by more than a tenth of a second.
+    pub(crate) early: u32,
     /// User and system time of the process.
     pub(crate) cpu: Duration,
 }
@@ -130,7 +133,14 @@ fn say(line: &str) -> Result<()> {
 /// A transaction that meets SQLITE_BUSY is tried again at once; its latency is the time of all its attempts.
 fn repeat(job: &Job, pause: Duration, mut transaction: impl FnMut() -> Result<(), Failure>) -> Result<Tally> {
     let mut latencies = histogram();
-    let mut tally = Tally { latencies: Vec::new(), done: 0, in_time: 0, busy: 0, cpu: Duration::ZERO };
+    let mut tally = Tally {
+        latencies: Vec::new(),
+        done: 0,
+        in_time: 0,
+        busy: BTreeMap::new(),
+        early: 0,
+        cpu: Duration::ZERO,
+    };
     say(READY)?;
     std::io::stdin().lock().read_to_end(&mut Vec::new())?;
     let cpu = cpu_time();
@@ -142,7 +152,10 @@ fn repeat(job: &Job, pause: Duration, mut transaction: impl FnMut() -> Result<()
         }
         while let Err(failure) = transaction() {
             match failure {
-                Failure::Busy => tally.busy += 1,
+                Failure::Busy { at, is_early } => {
+                    *tally.busy.entry(at).or_default() += 1;
+                    tally.early += u32::from(is_early);
+                }
                 Failure::Other(error) => return Err(error),
             }
         }
@@ -169,15 +182,21 @@ fn cpu_time() -> Duration {
 
 /// Why a transaction was not committed.
 enum Failure {
-    Busy,
+    Busy { at: String, is_early: bool },
     Other(Box<dyn std::error::Error>),
 }
 
-impl From<rusqlite::Error> for Failure {
-    fn from(error: rusqlite::Error) -> Self {
-        match error.sqlite_error_code() {
-            Some(ErrorCode::DatabaseBusy) => Self::Busy,
-            _ => Self::Other(error.into()),
+impl Failure {
+    /// Of `statement`, in an attempt that began at `begin`.
+    fn of(error: rusqlite::Error, statement: &str, begin: Instant) -> Self {
+        match error.sqlite_error() {
+            Some(sqlite) if sqlite.code == ErrorCode::DatabaseBusy => {
+                let is_early = begin.elapsed() + Duration::from_millis(100) < BUSY_TIMEOUT;
+                let verb = statement.split(' ').next().unwrap_or_default();
+                let early = if is_early { " early" } else { "" };
+                Self::Busy { at: format!("{verb} ({}){early}", sqlite.extended_code), is_early }
+            }
+            _ => Self::Other(format!("{statement}: {error}").into()),
         }
     }
 }
@@ -204,7 +223,7 @@ impl Writer<'_> {
         }
         let committed = self.attempt();
         if committed.is_err() && !self.connection.is_autocommit() {
-            self.connection.execute_batch("ROLLBACK")?;
+            self.connection.execute_batch("ROLLBACK").map_err(|error| Failure::Other(error.into()))?;
         }
         if let Some(flock) = &self.flock {
             flock.unlock()?;
@@ -215,20 +234,26 @@ impl Writer<'_> {
     }
 
     fn attempt(&self) -> Result<(), Failure> {
-        let statement =
-            |sql| -> rusqlite::Result<CachedStatement<'_>> { self.connection.prepare_cached(sql) };
-        statement(BEGIN)?.execute([])?;
-        statement(INSERT)?.execute((self.client, self.sequence + 1, PAYLOAD))?;
-        statement(COUNT)?.execute([])?;
-        statement(COMMIT)?.execute([])?;
+        let begin = Instant::now();
+        let run = |sql: &str, parameters: &[&dyn ToSql]| {
+            let done = self.connection.prepare_cached(sql).and_then(|mut sql| sql.execute(parameters));
+            done.map_err(|error| Failure::of(error, sql, begin))
+        };
+        run(BEGIN, &[])?;
+        run(INSERT, &[&self.client, &(self.sequence + 1), &PAYLOAD])?;
+        run(COUNT, &[])?;
+        run(COMMIT, &[])?;
         Ok(())
     }
 }
 
 /// One read transaction, which must see a consistent snapshot.
 fn read(connection: &Connection) -> Result<(), Failure> {
-    let (counter, last): (u32, u32) =
-        connection.prepare_cached(READ)?.query_row([], |row| Ok((row.get(0)?, row.get(1)?)))?;
+    let begin = Instant::now();
+    let (counter, last): (u32, u32) = connection
+        .prepare_cached(READ)
+        .and_then(|mut sql| sql.query_row([], |row| Ok((row.get(0)?, row.get(1)?))))
+        .map_err(|error| Failure::of(error, READ, begin))?;
     if counter == last {
         Ok(())
     } else {

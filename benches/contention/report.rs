@@ -92,6 +92,7 @@ fn variant(outcome: &Outcome, lane: &Lane) -> Value {
         "ratios_to_stock": outcome.ratios(lane),
         "repetitions": lane.repetitions().collect::<Vec<_>>(),
         "commits_per_client": lane.shares,
+        "sqlite_busy_at": lane.busy,
         "latency_ccdf_ms": plot::thinned(&ccdf)
             .into_iter()
             .map(|(ns, part)| Point(ns as f64 / 1e6, part))

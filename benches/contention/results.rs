@@ -2,6 +2,7 @@
 //!
 //! A ratio is taken within one repetition, where both ran side by side; what is reported is the median of the ratios.
 
+use std::collections::BTreeMap;
 use std::ops::{Index, IndexMut};
 
 use hdrhistogram::Histogram;
@@ -33,6 +34,8 @@ pub(crate) enum Figure {
     Jain,
     /// Times SQLITE_BUSY reached the application, a reader's included.
     Busy,
+    /// Those of them that came before the busy timeout had passed.
+    Early,
     /// The writers' user and system time per commit, in microseconds.
     Cpu,
     /// The largest size of the WAL that was seen, in megabytes (10⁶ bytes).
@@ -48,7 +51,7 @@ pub(crate) enum Figure {
 }
 
 impl Figure {
-    pub(crate) const ALL: [Self; 15] = [
+    pub(crate) const ALL: [Self; 16] = [
         Self::Commits,
         Self::P50,
         Self::P99,
@@ -58,6 +61,7 @@ impl Figure {
         Self::TimeWeightedMedian,
         Self::Jain,
         Self::Busy,
+        Self::Early,
         Self::Cpu,
         Self::Wal,
         Self::Audited,
@@ -78,6 +82,7 @@ impl Figure {
             Self::TimeWeightedMedian => "time_weighted_median_ms",
             Self::Jain => "jain",
             Self::Busy => "sqlite_busy",
+            Self::Early => "early_sqlite_busy",
             Self::Cpu => "cpu_us_per_commit",
             Self::Wal => "peak_wal_mb",
             Self::Audited => "audited_commits",
@@ -99,6 +104,7 @@ impl Figure {
             Self::TimeWeightedMedian => "tw median",
             Self::Jain => "Jain",
             Self::Busy => "BUSY",
+            Self::Early => "early BUSY",
             Self::Cpu => "CPU µs",
             Self::Wal => "WAL MB",
             Self::Audited => "audited",
@@ -110,7 +116,7 @@ impl Figure {
 
     /// Whether a ratio to stock means something.
     pub(crate) fn has_ratio(self) -> bool {
-        !matches!(self, Self::Jain | Self::Busy | Self::Audited | Self::Foreign)
+        !matches!(self, Self::Jain | Self::Busy | Self::Early | Self::Audited | Self::Foreign)
     }
 }
 
@@ -130,7 +136,9 @@ impl Figures {
         let in_time = || run.writers.iter().map(|client| f64::from(client.in_time));
         let read: u32 = run.readers.iter().map(|client| client.in_time).sum();
         let commits: u32 = run.writers.iter().map(|client| client.done).sum();
-        let busy: u32 = run.writers.iter().chain(&run.readers).map(|client| client.busy).sum();
+        let clients = || run.writers.iter().chain(&run.readers);
+        let busy: u32 = clients().flat_map(|client| client.busy.values()).sum();
+        let early: u32 = clients().map(|client| client.early).sum();
         let cpu: f64 = run.writers.iter().map(|client| client.cpu.as_secs_f64()).sum();
         let mut figures = Self::default();
         for figure in Figure::ALL {
@@ -144,6 +152,7 @@ impl Figures {
                 Figure::TimeWeightedMedian => ms(time_weighted_median(&steps(&all))),
                 Figure::Jain => jain(in_time()),
                 Figure::Busy => f64::from(busy),
+                Figure::Early => f64::from(early),
                 Figure::Cpu => cpu * 1e6 / f64::from(commits),
                 Figure::Wal => run.peak_wal as f64 / 1e6,
                 Figure::Audited => f64::from(commits),
@@ -214,6 +223,8 @@ pub(crate) struct Lane {
     repetitions: Vec<Option<Figures>>,
     /// Commits in time of each writer, for each run that did not fail.
     pub(crate) shares: Vec<Vec<u32>>,
+    /// SQLITE_BUSY by where and how, all clients and repetitions.
+    pub(crate) busy: BTreeMap<String, u32>,
     /// Of all writers and repetitions, in nanoseconds.
     pub(crate) latencies: Histogram<u64>,
 }
@@ -231,6 +242,7 @@ impl Outcome {
             variant: variant.clone(),
             repetitions: Vec::new(),
             shares: Vec::new(),
+            busy: BTreeMap::new(),
             latencies: histogram(),
         };
         Self { cell, seconds, lanes: variants.iter().map(lane).collect() }
@@ -244,6 +256,9 @@ impl Outcome {
             return Ok(());
         };
         lane.latencies.add(sum(&run.writers)?)?;
+        for (at, times) in run.writers.iter().chain(&run.readers).flat_map(|client| &client.busy) {
+            *lane.busy.entry(at.clone()).or_default() += times;
+        }
         lane.shares.push(run.writers.iter().map(|client| client.in_time).collect());
         lane.repetitions.push(Some(Figures::of(run, self.seconds)?));
         Ok(())

@@ -29,6 +29,10 @@ pub(crate) fn to_text(outcome: &Outcome, repetitions: u32) -> String {
             };
             line(&mut text, "  min…max", columns.iter().map(spread));
         }
+        if !lane.busy.is_empty() {
+            let places: Vec<String> = lane.busy.iter().map(|(at, times)| format!("{times} x {at}")).collect();
+            let _ = writeln!(text, "  BUSY in all repetitions: {}", places.join(", "));
+        }
         if lane.variant.waiting == Waiting::Mixed {
             let handler: u64 = lane
                 .shares
@@ -141,7 +145,12 @@ fn line(text: &mut String, name: &str, cells: impl Iterator<Item = String>) {
 pub(crate) fn show(figure: Figure, figures: &Figures) -> String {
     let value = figures[figure];
     match figure {
-        Figure::Commits | Figure::Busy | Figure::Audited | Figure::Reads | Figure::Foreign => {
+        Figure::Commits
+        | Figure::Busy
+        | Figure::Early
+        | Figure::Audited
+        | Figure::Reads
+        | Figure::Foreign => {
             format!("{value:.0}")
         }
         Figure::Jain => format!("{value:.3}"),
