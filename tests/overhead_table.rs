@@ -58,9 +58,9 @@ fn too_few_observations_have_no_interval() {
 #[test]
 fn splice_replaces_only_what_is_between_the_markers() {
     let text = "# A\n<!-- overhead:begin -->\nold\n<!-- overhead:end -->\nrest";
-    let once = splice(text, "new").expect("both markers");
+    let once = splice(text, "overhead", "new").expect("both markers");
     assert_eq!(once, "# A\n<!-- overhead:begin -->\n\nnew\n<!-- overhead:end -->\nrest");
-    assert_eq!(splice(&once, "new").as_ref(), Ok(&once), "again: no change");
+    assert_eq!(splice(&once, "overhead", "new").as_ref(), Ok(&once), "again: no change");
 }
 
 #[test]
@@ -68,6 +68,6 @@ fn splice_refuses_markers_that_are_missing_doubled_or_swapped() {
     const BEGIN: &str = "<!-- overhead:begin -->";
     const END: &str = "<!-- overhead:end -->";
     for parts in [&[][..], &[BEGIN], &[END], &[END, BEGIN], &[BEGIN, BEGIN, END], &[BEGIN, END, END]] {
-        assert!(splice(&parts.concat(), "new").is_err(), "{parts:?}");
+        assert!(splice(&parts.concat(), "overhead", "new").is_err(), "{parts:?}");
     }
 }

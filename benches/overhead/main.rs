@@ -61,6 +61,7 @@ use std::time::Duration;
 
 use criterion::{Criterion, SamplingMode};
 
+use crate::machine::Machine;
 use crate::sitting::{Sitting, Template};
 use crate::table::Results;
 use crate::workload::Place;
@@ -86,7 +87,7 @@ fn main() -> ExitCode {
 }
 
 fn bench() -> Result<()> {
-    let machine = machine::describe()?;
+    let machine = Machine::look(Place::Disk.directory()?)?.to_string();
     let mut criterion = Criterion::default()
         .sample_size(40)
         .warm_up_time(Duration::from_millis(500))

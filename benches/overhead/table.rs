@@ -122,7 +122,8 @@ impl Results {
             );
         }
         let text = std::fs::read_to_string(path)?;
-        let text = splice(&text, table).map_err(|error| format!("{}: {error}", path.display()))?;
+        let text =
+            splice(&text, "overhead", table).map_err(|error| format!("{}: {error}", path.display()))?;
         Ok(std::fs::write(path, text)?)
     }
 }
