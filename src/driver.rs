@@ -24,7 +24,7 @@ use std::ffi::c_int;
 
 use crate::error::rc;
 use crate::gate::Gate;
-use crate::lock::{LockLevel, RealLocks, ShmRequest};
+use crate::lock::{LockLevel, RealLocks, ShmRequest, Surroundings};
 use crate::state::{Ask, CheckpointPolicy, Reply, Row, State};
 use crate::stats;
 
@@ -57,17 +57,18 @@ impl<G: Gate> Driver<G> {
         self.state.set(self.state.get().poison());
     }
 
-    /// `xLock`: rows L1–L8. `shm_exists`: is there a `<db>-shm` file (row L7w)?
+    /// `xLock`: rows L1–L8, L12.
     #[inline]
-    pub fn x_lock(&self, real: &impl RealLocks, level: c_int, shm_exists: impl Fn() -> bool) -> c_int {
+    pub fn x_lock(&self, real: &impl RealLocks, level: c_int, around: &impl Surroundings) -> c_int {
         let Some(to) = LockLevel::from_raw(level) else {
             return real.x_lock(level); // X1
         };
         if let Err(code) = self.admit(real, self.state.get().ask_lock(to)) {
             return code;
         }
-        let code = real.x_lock(level);
-        let (after, _) = self.state.get().lock_done(to, reply(code), shm_exists);
+        let is_shared = self.state.get().raises_to_exclusive(to) && around.others_use_shm();
+        let code = if is_shared { rc::BUSY } else { real.x_lock(level) }; // L12
+        let (after, _) = self.state.get().lock_done(to, reply(code), || around.shm_exists());
         self.settle(after);
         code
     }

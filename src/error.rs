@@ -48,6 +48,9 @@ pub mod rc {
     /// SQLITE_IOERR_SHMLOCK
     pub const IOERR_SHMLOCK: c_int = 10 | (20 << 8);
 
+    /// SQLITE_IOERR_SHMMAP
+    pub const IOERR_SHMMAP: c_int = 10 | (21 << 8);
+
     /// The primary code within an extended one. <https://www.sqlite.org/rescode.html#pve>
     pub fn primary(code: c_int) -> c_int {
         code & 0xff

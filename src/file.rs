@@ -13,7 +13,7 @@
 //! Only main database files have this shape. Every other file (journals, WAL, temporary files) is opened by
 //! the real VFS in the same memory, with its own methods, and never comes back to us.
 //!
-//! Uses: `driver`, `gate`, `fork`, `ofd`, `real`, `shim`, `sys`, `stats`, `options`, `error`, `ffi`.
+//! Uses: `driver`, `gate`, `lock`, `fork`, `ofd`, `real`, `shim`, `sys`, `stats`, `options`, `error`, `ffi`.
 
 use std::cell::Cell;
 use std::ffi::{CStr, CString, c_int};
@@ -26,6 +26,7 @@ use crate::error::rc;
 use crate::ffi;
 use crate::fork;
 use crate::gate::{LockFile, with_suffix};
+use crate::lock::Surroundings;
 use crate::ofd;
 use crate::options::FileOptions;
 use crate::real::RealFile;
@@ -50,6 +51,9 @@ pub fn shim_file_size(real: c_int) -> Option<c_int> {
     sum.checked_add(7).map(|padded| padded & !7)
 }
 
+/// `UNIX_SHM_DMS` (os_unix.c): "deadman switch". Who has a `-shm` open holds a read lock on this byte of it.
+const SHM_DMS_BYTE: libc::off_t = 128;
+
 /// What we know of an open database file.
 #[derive(Debug)]
 pub struct OpenFile {
@@ -59,6 +63,8 @@ pub struct OpenFile {
     pub shim: &'static Shim,
     options: FileOptions,
     shm_path: CString,
+    /// Between xShmMap and xShmUnmap: the real file has `-shm` open.
+    has_mapped_shm: Cell<bool>,
     /// The `fork::generation` that opened it.
     generation: u32,
     has_warned_inherited: Cell<bool>,
@@ -74,6 +80,7 @@ impl OpenFile {
             shim,
             options,
             shm_path: with_suffix(database, "-shm"),
+            has_mapped_shm: Cell::new(false),
             generation: fork::generation(),
             has_warned_inherited: Cell::new(false),
         }
@@ -97,10 +104,21 @@ impl OpenFile {
         failure
     }
 
-    /// Is there a `<db>-shm`? Row L7w: then a WAL connection may hold SHARED for life.
-    pub fn shm_exists(&self) -> bool {
+    /// After xShmMap, whatever it answered.
+    pub fn shm_mapped(&self) {
+        self.has_mapped_shm.set(true);
+    }
+
+    /// After xShmUnmap.
+    pub fn shm_unmapped(&self) {
+        self.has_mapped_shm.set(false);
+    }
+
+    #[cold]
+    fn ask_who_uses_shm(&self) -> bool {
         let _errno = ErrnoGuard::new();
-        sys::lstat(&self.shm_path).is_ok()
+        let others = |id| ofd::is_locked_by_others(&self.shim.host, self.shim.real, id, SHM_DMS_BYTE);
+        sys::lstat(&self.shm_path).ok().and_then(|shm| others(shm.id)).unwrap_or(false)
     }
 
     /// The answer to `PRAGMA kanbanlock`: one row of JSON.
@@ -132,6 +150,20 @@ impl OpenFile {
             unlocked = totals.unlocked,
             resets_deferred = totals.resets_deferred,
         )
+    }
+}
+
+impl Surroundings for OpenFile {
+    /// A WAL connection may hold SHARED for life then.
+    fn shm_exists(&self) -> bool {
+        let _errno = ErrnoGuard::new();
+        sys::lstat(&self.shm_path).is_ok()
+    }
+
+    /// As `unixIsSharingShmNode` of SQLite 3.51; false if it cannot be known (no hooks, hence no table of locks).
+    #[inline]
+    fn others_use_shm(&self) -> bool {
+        self.has_mapped_shm.get() && self.ask_who_uses_shm()
     }
 }
 

@@ -75,7 +75,7 @@ unsafe extern "C" fn x_lock(file: *mut sqlite3_file, level: c_int) -> c_int {
     // SAFETY: SQLite's call.
     let file = unsafe { handle(file) };
     file.guarded(rc::IOERR_LOCK, |open, real| {
-        open.unless_inherited(rc::IOERR_LOCK, || open.driver.x_lock(&real, level, || open.shm_exists()))
+        open.unless_inherited(rc::IOERR_LOCK, || open.driver.x_lock(&real, level, open))
     })
 }
 
@@ -93,10 +93,32 @@ unsafe extern "C" fn x_shm_lock(file: *mut sqlite3_file, offset: c_int, count: c
     })
 }
 
+unsafe extern "C" fn x_shm_map(
+    file: *mut sqlite3_file,
+    page: c_int,
+    size: c_int,
+    extend: c_int,
+    out: *mut *mut c_void,
+) -> c_int {
+    // SAFETY: SQLite's call.
+    let file = unsafe { handle(file) };
+    file.guarded(rc::IOERR_SHMMAP, |open, real| {
+        let Some(x_shm_map) = real.method(|methods| methods.xShmMap) else { return rc::IOERR_SHMMAP };
+        // SAFETY: the real file's own method, called with the real file and SQLite's own arguments.
+        let code = unsafe { x_shm_map(real.as_ptr(), page, size, extend, out) };
+        open.shm_mapped();
+        code
+    })
+}
+
 unsafe extern "C" fn x_shm_unmap(file: *mut sqlite3_file, delete: c_int) -> c_int {
     // SAFETY: SQLite's call.
     let file = unsafe { handle(file) };
-    file.guarded(rc::IOERR_SHMLOCK, |open, real| open.driver.x_shm_unmap(&real, delete))
+    file.guarded(rc::IOERR_SHMLOCK, |open, real| {
+        let code = open.driver.x_shm_unmap(&real, delete);
+        open.shm_unmapped();
+        code
+    })
 }
 
 // The methods that change the file: not in the child of a fork. ----------------------------------------------
@@ -215,10 +237,6 @@ forward!(x_file_size, xFileSize(size: *mut sqlite3_int64) -> c_int, missing: MIS
 forward!(x_check_reserved_lock, xCheckReservedLock(out: *mut c_int) -> c_int, missing: MISSING);
 forward!(x_sector_size, xSectorSize() -> c_int, missing: 0);
 forward!(x_device_characteristics, xDeviceCharacteristics() -> c_int, missing: 0);
-forward!(
-    x_shm_map,
-    xShmMap(page: c_int, size: c_int, extend: c_int, out: *mut *mut c_void) -> c_int, missing: MISSING
-);
 forward!(x_shm_barrier, xShmBarrier());
 forward!(x_fetch, xFetch(offset: sqlite3_int64, amount: c_int, out: *mut *mut c_void) -> c_int, missing: MISSING);
 forward!(x_unfetch, xUnfetch(offset: sqlite3_int64, page: *mut c_void) -> c_int, missing: MISSING);

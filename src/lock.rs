@@ -188,6 +188,16 @@ pub trait RealLocks {
     }
 }
 
+/// What the driver asks about the files beside the database.
+///
+/// `file.rs` implements it on an open file; the simulation on its weather.
+pub trait Surroundings {
+    /// Row L7w: is there a `<db>-shm`?
+    fn shm_exists(&self) -> bool;
+    /// Row L12: does another process, or another copy of SQLite, use the `-shm` that this file has mapped?
+    fn others_use_shm(&self) -> bool;
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -144,6 +144,33 @@ pub fn is_installed(host: &Host) -> bool {
     INSTALLED.iter().any(|copy| copy.get().is_some_and(|copy| copy.host.is_same_copy(host)))
 }
 
+/// The hooks that a VFS goes through: those of its copy of SQLite, or of another that shares its table.
+fn copy_index(host: &Host, real: RealVfs) -> Option<usize> {
+    let by_host =
+        INSTALLED.iter().position(|copy| copy.get().is_some_and(|copy| copy.host.is_same_copy(host)));
+    by_host.or_else(|| {
+        let fcntl = real.system_call(c"fcntl")?;
+        HOOKS.iter().position(|hooks| ptr::fn_addr_eq(hooks.fcntl, fcntl))
+    })
+}
+
+/// Does anybody but this copy of SQLite hold a lock on that byte of the file? `None` if this copy has not locked the
+/// file, or not through the hooks: then there is no descriptor to ask with, and opening one is out of the question.
+///
+/// If the kernel does not answer, yes.
+pub fn is_locked_by_others(host: &Host, real: RealVfs, id: FileId, byte: libc::off_t) -> Option<bool> {
+    let copy_index = copy_index(host, real)?;
+    let table = lock_table();
+    let inode = table.inodes.iter().find(|inode| inode.copy == copy_index && inode.id == id)?;
+    let user = inode.users.first()?;
+    let mut lock = sys::write_lock_of_byte(byte);
+    let result = match inode.slot(user).way()? {
+        Way::Ofd(canonical) => ofd_call(copy_index, inode.slot(user), canonical, libc::F_GETLK, &mut lock),
+        Way::Posix => posix_call(copy_index, user.fd, libc::F_GETLK, &mut lock),
+    };
+    Some(result == -1 || c_int::from(lock.l_type) != libc::F_UNLCK)
+}
+
 struct Hooks {
     fcntl: unsafe extern "C" fn(),
     open: unsafe extern "C" fn(),

@@ -22,6 +22,10 @@
 //! and `pager_unlock` may leave it behind for the life of the connection. It protects no write of the database file, so
 //! the gate is lent, as in L7w, until EXCLUSIVE is asked for.
 //!
+//! Row L12: SQLite asks for EXCLUSIVE in WAL mode to delete the WAL, at the last close and when it leaves WAL mode. A
+//! process that lost its SHARED lock by a stray close() may still use that WAL; its mark on the `-shm`, the DMS byte,
+//! says so. SQLite 3.51 asks for the mark itself (`unixIsSharingShmNode`), older ones do not.
+//!
 //! | row | before | call | gate | real result | after |
 //! |---|---|---|---|---|---|
 //! | L1 | NONE | xLock SHARED | – | any | gate unchanged |
@@ -37,6 +41,7 @@
 //! | L9 | any | xUnlock SHARED | – | OK | at most SHARED; release unless a shm reason remains |
 //! | L10 | any | xUnlock NONE | – | OK | NONE; release unless a shm reason remains |
 //! | L11 | any | xUnlock | – | not OK | the level that `SQLITE_FCNTL_LOCKSTATE` gives, if lower; unknown → as before, stay held; lent → SHARED |
+//! | L12 | SHARED, RESERVED, PENDING; `-shm` mapped | xLock EXCLUSIVE | as in L4, L6 | others use the `-shm`: BUSY, real not called | as in L5, L7, L7w |
 //! | S1 | any | shm LOCK·SHARED | – | any | `shared` grows if OK; release if no reason is left |
 //! | S2 | free | shm LOCK·EXCL with WRITE, own READ or CKPT held | try; refused → BUSY, real not called | OK | held |
 //! | S3 | free | same | taken | not OK | release |
@@ -342,6 +347,12 @@ impl State {
     /// Row L2w.
     fn reserves_in_wal_mode(&self, to: LockLevel) -> bool {
         to == LockLevel::Reserved && self.shared.intersects(ShmSlots::READS)
+    }
+
+    /// Rows L4–L7, L12.
+    #[inline]
+    pub fn raises_to_exclusive(&self, to: LockLevel) -> bool {
+        to == LockLevel::Exclusive && self.is_upgrade(to)
     }
 
     fn ask_gate(&self) -> Ask {

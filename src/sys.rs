@@ -231,6 +231,19 @@ pub fn is_read_only(fd: BorrowedFd<'_>) -> io::Result<bool> {
     Ok(flags & libc::O_ACCMODE == libc::O_RDONLY)
 }
 
+/// A write lock of one byte, as F_SETLK, F_GETLK and their kin take it. fcntl(2)
+pub fn write_lock_of_byte(byte: libc::off_t) -> libc::flock {
+    // SAFETY: a structure of integers, for which all zeroes are valid: from SEEK_SET.
+    let mut lock: libc::flock = unsafe { std::mem::zeroed() };
+    #[allow(clippy::cast_possible_truncation)] // F_WRLCK is 1
+    {
+        lock.l_type = libc::F_WRLCK as libc::c_short;
+    }
+    lock.l_start = byte;
+    lock.l_len = 1;
+    lock
+}
+
 /// Gives up every lock of this open file description: fcntl(2), F_OFD_SETLK with F_UNLCK, from 0 to "the end of the file,
 /// no matter how large it grows" (l_len 0).
 pub fn ofd_unlock_all(fd: BorrowedFd<'_>) -> io::Result<()> {

@@ -43,7 +43,7 @@ use proptest::test_runner::{Config, RngAlgorithm, TestError, TestRng, TestRunner
 use crate::driver::Driver;
 use crate::error::rc;
 use crate::gate::Gate;
-use crate::lock::{LockLevel, RealLocks};
+use crate::lock::{LockLevel, RealLocks, Surroundings};
 use crate::state::CheckpointPolicy;
 use crate::tests::unix_locks::{
     self, CKPT, LOCK_EXCLUSIVE, LOCK_SHARED, Locks, OsUnix, READS, READS_1_TO_4, UNLOCK_EXCLUSIVE,
@@ -93,6 +93,8 @@ struct Weather {
     /// The gate fails with this code.
     gate_fails: Option<c_int>,
     shm_exists: bool,
+    /// Others use the `-shm` that this file has mapped.
+    others_use_shm: bool,
     tells_lock_state: bool,
 }
 
@@ -170,12 +172,14 @@ fn weather() -> impl Strategy<Value = Weather> {
     ];
     let gate_fails =
         prop_oneof![40 => Just(None), 1 => Just(Some(rc::CANTOPEN)), 1 => Just(Some(rc::IOERR_LOCK))];
-    (fault, 0..3_usize, gate_fails, any::<bool>(), any::<bool>()).prop_map(
-        |(fault, fault_at, gate_fails, shm_exists, tells_lock_state)| Weather {
+    let others_use_shm = prop_oneof![9 => Just(false), 1 => Just(true)];
+    (fault, 0..3_usize, gate_fails, any::<bool>(), others_use_shm, any::<bool>()).prop_map(
+        |(fault, fault_at, gate_fails, shm_exists, others_use_shm, tells_lock_state)| Weather {
             fault,
             fault_at: fault_at / 2, // the first call twice as often as the second
             gate_fails,
             shm_exists,
+            others_use_shm,
             tells_lock_state,
         },
     )
@@ -192,6 +196,8 @@ enum Event {
     /// The real VFS was called, and answered.
     Real(Call, c_int),
     Panicked,
+    /// The driver was told that others use the `-shm`.
+    SharedShm,
     Released,
 }
 
@@ -408,6 +414,19 @@ impl RealLocks for Fake {
     }
 }
 
+impl Surroundings for Fake {
+    fn shm_exists(&self) -> bool {
+        self.world.borrow().weather.shm_exists
+    }
+    fn others_use_shm(&self) -> bool {
+        let mut world = self.world.borrow_mut();
+        if world.weather.others_use_shm {
+            world.events.push(Event::SharedShm);
+        }
+        world.weather.others_use_shm
+    }
+}
+
 impl Fake {
     fn real(&self, call: Call) -> c_int {
         self.world.borrow_mut().real(self.who, call)
@@ -472,8 +491,14 @@ struct Simulation {
     sights: Sights,
 }
 
-const CALM: Weather =
-    Weather { fault: Fault::None, fault_at: 0, gate_fails: None, shm_exists: true, tells_lock_state: true };
+const CALM: Weather = Weather {
+    fault: Fault::None,
+    fault_at: 0,
+    gate_fails: None,
+    shm_exists: true,
+    others_use_shm: false,
+    tells_lock_state: true,
+};
 
 impl Simulation {
     fn new(script: &Script, sabotage: Sabotage) -> Simulation {
@@ -608,7 +633,7 @@ impl Simulation {
             _ => {}
         }
         let code = match call {
-            Lock(level) => driver.x_lock(&real, level, || weather.shm_exists),
+            Lock(level) => driver.x_lock(&real, level, &real),
             Unlock(level) => driver.x_unlock(&real, level),
             Shm(offset, count, flags) => driver.x_shm_lock(&real, offset, count, flags),
             Unmap => driver.x_shm_unmap(&real, 0),
@@ -669,6 +694,19 @@ impl Simulation {
 
         if before.is_lent && first == Some(Event::Granted) {
             self.see("L7w: the lent gate is retaken");
+        }
+
+        // Not forwarded, and yet answered as if the real VFS had refused: row L12.
+        if events.contains(&Event::SharedShm) {
+            self.see("L12: others use the -shm");
+            check(
+                call == Lock(EXCLUSIVE) && before.is_upgrade(call),
+                "asked who uses the -shm without need",
+            )?;
+            let is_forwarded = events.iter().any(|event| matches!(event, Event::Real(..)));
+            check(!is_forwarded && answer == rc::BUSY, "others use the -shm, and yet it goes on")?;
+            self.keep(who, call, answer, before);
+            return self.check_between(who);
         }
 
         // Forwarded, after the reset guard where there is one.
@@ -882,6 +920,7 @@ fn the_driver_keeps_its_order() {
         "L2w: RESERVED in WAL mode",
         "L7w: the gate is lent",
         "L7w: the lent gate is retaken",
+        "L12: others use the -shm",
         "L11: LOCKSTATE tells",
         "L11: nobody knows, and the gate was lent",
         "S2, S4, K1: a writer or a checkpoint, gated",
