@@ -31,7 +31,7 @@ use crate::ofd;
 use crate::options::FileOptions;
 use crate::real::RealFile;
 use crate::shim::Shim;
-use crate::sys::{self, ErrnoGuard};
+use crate::sys::{self, ErrnoGuard, FileId};
 
 /// Our part of the memory; the real file lies right behind it.
 #[repr(C)]
@@ -62,6 +62,10 @@ pub struct OpenFile {
     /// The VFS that opened it.
     pub shim: &'static Shim,
     options: FileOptions,
+    /// The database file; `None` if the real VFS keeps it where no path leads.
+    id: Option<FileId>,
+    /// Held as long as the file is open.
+    _close_proof_wish: Option<ofd::Wish>,
     shm_path: CString,
     /// Between xShmMap and xShmUnmap: the real file has `-shm` open.
     has_mapped_shm: Cell<bool>,
@@ -73,17 +77,34 @@ pub struct OpenFile {
 impl OpenFile {
     /// A database file just opened by the real VFS. `writable`: not SQLITE_OPEN_READONLY; a file that cannot be
     /// written gets no gate.
-    pub fn new(shim: &'static Shim, database: &CStr, options: FileOptions, writable: bool) -> OpenFile {
+    ///
+    /// # Errors
+    ///
+    /// A message: why it cannot have the close-proof locks that it wishes for, or not do without.
+    pub fn new(
+        shim: &'static Shim,
+        database: &CStr,
+        options: FileOptions,
+        writable: bool,
+    ) -> Result<OpenFile, String> {
         let gate = writable.then(|| LockFile::new(shim.host, database, options.fallback));
-        OpenFile {
+        let shm_path = with_suffix(database, "-shm");
+        let id = sys::stat(database).ok().map(|attributes| attributes.id);
+        let close_proof_wish = match id {
+            Some(id) => wish_for_close_proof(shim, database, id, &shm_path, options)?,
+            None => None,
+        };
+        Ok(OpenFile {
             driver: Driver::new(options.checkpoint, gate),
             shim,
+            _close_proof_wish: close_proof_wish,
+            id,
             options,
-            shm_path: with_suffix(database, "-shm"),
+            shm_path,
             has_mapped_shm: Cell::new(false),
             generation: fork::generation(),
             has_warned_inherited: Cell::new(false),
-        }
+        })
     }
 
     /// Runs `call`, unless this is the child of a fork and the file the parent's: then `failure`.
@@ -138,7 +159,7 @@ impl OpenFile {
             version = json_string(env!("CARGO_PKG_VERSION")),
             vfs = json_string(&self.shim.name.to_string_lossy()),
             real_vfs = json_string(&self.shim.real.name()),
-            close_proof = ofd::is_installed(&self.shim.host),
+            close_proof = self.id.is_some_and(|id| ofd::is_close_proof(&self.shim.host, self.shim.real, id)),
             level = state.level().name(),
             held = state.wants_gate(),
             checkpoint = self.options.checkpoint.as_str(),
@@ -151,6 +172,28 @@ impl OpenFile {
             resets_deferred = totals.resets_deferred,
         )
     }
+}
+
+fn wish_for_close_proof(
+    shim: &Shim,
+    database: &CStr,
+    id: FileId,
+    shm_path: &CStr,
+    options: FileOptions,
+) -> Result<Option<ofd::Wish>, String> {
+    if options.close_proof == Some(true) {
+        ofd::install(shim.host, shim.real)
+            .map_err(|reason| format!("kanbanlock_close_proof=on is not possible here: {reason}"))?;
+    }
+    let is_close_proof = options.close_proof.unwrap_or(shim.options.close_proof);
+    ofd::wish(&shim.host, shim.real, id, shm_path, is_close_proof).map_err(|ofd::Contradiction| {
+        let (wished, other) = if is_close_proof { ("on", "off") } else { ("off", "on") };
+        format!(
+            "{} is open in this process with kanbanlock_close_proof={other} (the plain unix VFS counts as on), and \
+             cannot be opened with {wished} beside it: give all connections the same value, or close the others first",
+            database.to_string_lossy()
+        )
+    })
 }
 
 impl Surroundings for OpenFile {

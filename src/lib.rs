@@ -32,6 +32,7 @@
 //! |---|---|---|
 //! | `kanbanlock_checkpoint` | `free` (default), `gate` | [`CheckpointPolicy`] |
 //! | `kanbanlock_fallback` | `refuse` (default), `unlocked` | [`Fallback`] |
+//! | `kanbanlock_close_proof` | `on` (default), `off` | [`Options::close_proof`] |
 //!
 //! An unknown `kanbanlock_…` parameter or value fails the open with SQLITE_CANTOPEN, and a line in SQLite's
 //! error log names it. Every refusal and warning of the shim goes to that log:

@@ -23,7 +23,9 @@
 //! ## Invariants
 //! - All users of one inode in one copy go one way: through one canonical description, or on POSIX locks (`Posix`).
 //!   The owner of the locks is then one and the same, as with POSIX locks, so os_unix's own bookkeeping holds.
-//! - An inode stays on POSIX locks while it has users if, at its first lock, a descriptor from before the installation
+//! - A connection may wish for either way (`kanbanlock_close_proof`). The wishes for an inode agree, since one that
+//!   contradicts is not opened ([`wish`]); the `-shm` of a database goes its database's way.
+//! - An inode stays on POSIX locks while it has users if that is wished for, or, at its first lock, a descriptor from before the installation
 //!   holds POSIX locks on it, it cannot be opened again as it was, or the kernel says EINVAL.
 //! - The canonical description is its own open, never a dup(): a forked child would keep a dup's locks.
 //! - The mutex is taken at a descriptor's first lock and at its close. After that a lock call costs one atomic load
@@ -34,7 +36,7 @@
 //!
 //! Uses: `host`, `real`, `sys`, `error`.
 
-use std::ffi::{c_char, c_int, c_void};
+use std::ffi::{CStr, CString, c_char, c_int, c_void};
 use std::fmt;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
@@ -140,7 +142,7 @@ pub fn install(host: Host, real: RealVfs) -> Result<(), Unavailable> {
 }
 
 /// True if this copy of SQLite has the hooks.
-pub fn is_installed(host: &Host) -> bool {
+fn is_installed(host: &Host) -> bool {
     INSTALLED.iter().any(|copy| copy.get().is_some_and(|copy| copy.host.is_same_copy(host)))
 }
 
@@ -169,6 +171,60 @@ pub fn is_locked_by_others(host: &Host, real: RealVfs, id: FileId, byte: libc::o
         Way::Posix => posix_call(copy_index, user.fd, libc::F_GETLK, &mut lock),
     };
     Some(result == -1 || c_int::from(lock.l_type) != libc::F_UNLCK)
+}
+
+/// A connection's wish stands until this is dropped.
+#[derive(Debug)]
+pub struct Wish(u64);
+
+impl Drop for Wish {
+    fn drop(&mut self) {
+        lock_table().wishes.retain(|wish| wish.number != self.0);
+    }
+}
+
+/// One inode cannot go both ways: os_unix counts the locks of all connections to it together.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Contradiction;
+
+/// A database file just opened wishes for close-proof locks, or for POSIX locks. `None`: this copy of SQLite has no
+/// hooks, so there is nothing to choose.
+///
+/// # Errors
+///
+/// The locks of this file go the other way already, in this copy of SQLite.
+pub fn wish(
+    host: &Host,
+    real: RealVfs,
+    id: FileId,
+    shm_path: &CStr,
+    is_close_proof: bool,
+) -> Result<Option<Wish>, Contradiction> {
+    let Some(copy_index) = copy_index(host, real) else { return Ok(None) };
+    let mut table = lock_table();
+    let mut others = table.wishes.iter().filter(|wish| wish.copy == copy_index && wish.id == id);
+    let inode = table.inodes.iter().find(|inode| inode.copy == copy_index && inode.id == id);
+    let goes_other_way = inode.is_some_and(|inode| match is_close_proof {
+        true => inode.is_unwanted,
+        false => inode.canonical.is_some(), // a plain `unix` connection was first
+    });
+    if goes_other_way || others.any(|wish| wish.is_close_proof != is_close_proof) {
+        return Err(Contradiction);
+    }
+    table.last_wish += 1;
+    let number = table.last_wish;
+    let shm_path = shm_path.to_owned();
+    table.wishes.push(WishEntry { number, copy: copy_index, id, shm_path, is_close_proof });
+    Ok(Some(Wish(number)))
+}
+
+/// Which way the locks of this file go in this copy of SQLite; before its first lock call, which way they will go if
+/// nothing is in the way.
+pub fn is_close_proof(host: &Host, real: RealVfs, id: FileId) -> bool {
+    let Some(copy_index) = copy_index(host, real) else { return false };
+    let table = lock_table();
+    let inode = table.inodes.iter().find(|inode| inode.copy == copy_index && inode.id == id);
+    inode.map_or_else(|| !table.is_unwanted(copy_index, id), |inode| inode.canonical.is_some())
 }
 
 struct Hooks {
@@ -398,6 +454,9 @@ impl Slot {
 
 struct Table {
     inodes: Vec<Inode>,
+    wishes: Vec<WishEntry>,
+    /// The number of the last wish.
+    last_wish: u64,
     /// Descriptors from before the installation, with what they were open on.
     before: Vec<(RawFd, FileId)>,
 }
@@ -408,6 +467,8 @@ struct Inode {
     id: FileId,
     /// `None`: on POSIX locks.
     canonical: Option<OwnedFd>,
+    /// On POSIX locks because that was wished for.
+    is_unwanted: bool,
     users: Vec<User>,
 }
 
@@ -416,7 +477,17 @@ struct User {
     is_read_only: bool,
 }
 
-static TABLE: Mutex<Table> = Mutex::new(Table { inodes: Vec::new(), before: Vec::new() });
+/// What one open database file wishes for.
+struct WishEntry {
+    number: u64,
+    copy: usize,
+    id: FileId,
+    shm_path: CString,
+    is_close_proof: bool,
+}
+
+static TABLE: Mutex<Table> =
+    Mutex::new(Table { inodes: Vec::new(), wishes: Vec::new(), last_wish: 0, before: Vec::new() });
 
 fn lock_table() -> MutexGuard<'static, Table> {
     // No step below leaves the table half changed if it panics.
@@ -435,6 +506,7 @@ impl TableGuard {
     /// In the child: closes every canonical description (never F_UNLCK: the parent still uses it). A connection that
     /// goes on here makes its first lock call anew, with a description of its own, as POSIX locks would have it.
     pub fn close_all_in_child(mut self) {
+        self.0.wishes.clear();
         for inode in self.0.inodes.drain(..) {
             for user in inode.users {
                 Slot::OPENED.store(user.fd);
@@ -454,8 +526,9 @@ impl Table {
         let index = match known {
             Some(index) => index,
             None => {
-                let canonical = self.decide(copy_index, borrowed, id);
-                self.inodes.push(Inode { copy: copy_index, id, canonical, users: Vec::new() });
+                let is_unwanted = self.is_unwanted(copy_index, id);
+                let canonical = if is_unwanted { None } else { self.decide(copy_index, borrowed, id) };
+                self.inodes.push(Inode { copy: copy_index, id, canonical, is_unwanted, users: Vec::new() });
                 self.inodes.len() - 1
             }
         };
@@ -469,7 +542,14 @@ impl Table {
         Ok((slot, known.is_none()))
     }
 
-    /// Which way a new inode goes.
+    /// Does a connection to this database, or to the database that this `-shm` belongs to, wish for POSIX locks?
+    fn is_unwanted(&self, copy_index: usize, id: FileId) -> bool {
+        let is_its_shm = |wish: &WishEntry| sys::lstat(&wish.shm_path).is_ok_and(|shm| shm.id == id);
+        let mut unwanted = self.wishes.iter().filter(|wish| wish.copy == copy_index && !wish.is_close_proof);
+        unwanted.any(|wish| wish.id == id || is_its_shm(wish))
+    }
+
+    /// Which way a new inode goes, if nobody minds.
     fn decide(&mut self, copy_index: usize, fd: BorrowedFd<'_>, id: FileId) -> Option<OwnedFd> {
         self.before.retain(|(fd, was)| sys::is_open_on(*fd, *was));
         if self.before.iter().any(|(before, was)| *was == id && sys::holds_posix_locks(*before)) {

@@ -18,14 +18,17 @@ pub struct FileOptions {
     pub checkpoint: CheckpointPolicy,
     /// `kanbanlock_fallback`
     pub fallback: Fallback,
+    /// `kanbanlock_close_proof`; `None`: as the registration says, [`Options::close_proof`].
+    pub close_proof: Option<bool>,
 }
 
 /// What every URI parameter of ours starts with.
 pub const PREFIX: &str = "kanbanlock_";
 const CHECKPOINT: &CStr = c"kanbanlock_checkpoint";
 const FALLBACK: &CStr = c"kanbanlock_fallback";
+const CLOSE_PROOF: &CStr = c"kanbanlock_close_proof";
 /// All of them.
-pub const PARAMETERS: [&CStr; 2] = [CHECKPOINT, FALLBACK];
+pub const PARAMETERS: [&CStr; 3] = [CHECKPOINT, FALLBACK, CLOSE_PROOF];
 
 impl FileOptions {
     /// These options, overridden by URI parameters. Parameters without our prefix are others' business.
@@ -39,6 +42,7 @@ impl FileOptions {
                 None => {}
                 Some("checkpoint") => self.checkpoint = parse_checkpoint(value)?,
                 Some("fallback") => self.fallback = parse_fallback(value)?,
+                Some("close_proof") => self.close_proof = Some(parse_close_proof(value)?),
                 Some(_) => {
                     let known = PARAMETERS.map(CStr::to_string_lossy).join(", ");
                     return Err(format!("unknown URI parameter {key:?}; the known ones are {known}"));
@@ -62,6 +66,14 @@ fn parse_fallback(value: &str) -> Result<Fallback, String> {
         "refuse" => Ok(Fallback::Refuse),
         "unlocked" => Ok(Fallback::Unlocked),
         _ => Err(invalid(FALLBACK, value, "refuse, unlocked")),
+    }
+}
+
+fn parse_close_proof(value: &str) -> Result<bool, String> {
+    match value {
+        "on" => Ok(true),
+        "off" => Ok(false),
+        _ => Err(invalid(CLOSE_PROOF, value, "on, off")),
     }
 }
 
@@ -152,8 +164,12 @@ impl Options {
 
     /// Close-proof locks (default: true): the unix VFS's locks no longer vanish when some code in this process opens and
     /// closes the database or its `-shm`. They are installed once for the whole copy of SQLite, for good, and protect its
-    /// plain `unix` connections too. Without support (another real VFS, no `/proc`) they stay off, with a line in the log;
-    /// `PRAGMA kanbanlock` says which.
+    /// plain `unix` connections too. Without support (another real VFS, no `/proc`) they stay off, with a line in the log.
+    ///
+    /// The default for connections whose URI has no `kanbanlock_close_proof=on|off`; `on` installs them if need be, and
+    /// does not open the database where there is no support. All connections of one copy of SQLite to one file go one
+    /// way: one that wishes for the other way while it is open is not opened, and the log says so. `PRAGMA kanbanlock`
+    /// says which way a file goes.
     #[must_use]
     pub fn close_proof(mut self, close_proof: bool) -> Options {
         self.close_proof = close_proof;
@@ -191,8 +207,16 @@ mod tests {
             Ok(FileOptions::default())
         );
         assert_eq!(
-            parse(&[("kanbanlock_checkpoint", "gate"), ("kanbanlock_fallback", "unlocked")]),
-            Ok(FileOptions { checkpoint: CheckpointPolicy::Gate, fallback: Fallback::Unlocked })
+            parse(&[
+                ("kanbanlock_checkpoint", "gate"),
+                ("kanbanlock_fallback", "unlocked"),
+                ("kanbanlock_close_proof", "off")
+            ]),
+            Ok(FileOptions {
+                checkpoint: CheckpointPolicy::Gate,
+                fallback: Fallback::Unlocked,
+                close_proof: Some(false)
+            })
         );
     }
 
@@ -204,6 +228,7 @@ mod tests {
         for fallback in [Fallback::Refuse, Fallback::Unlocked] {
             assert_eq!(parse_fallback(fallback.as_str()), Ok(fallback));
         }
+        assert_eq!((parse_close_proof("on"), parse_close_proof("off")), (Ok(true), Ok(false)));
     }
 
     #[test]
@@ -217,5 +242,7 @@ mod tests {
         assert!(error.contains("sometimes") && error.contains("free, gate"), "{error}");
         let error = parse(&[("kanbanlock_fallback", "")]).unwrap_err();
         assert!(error.contains("refuse, unlocked"), "{error}");
+        let error = parse(&[("kanbanlock_close_proof", "yes")]).unwrap_err();
+        assert!(error.contains("yes") && error.contains("on, off"), "{error}");
     }
 }

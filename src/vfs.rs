@@ -93,14 +93,20 @@ unsafe extern "C" fn x_open(
             }
             return code;
         }
+        // SAFETY: not null (above), and "a pointer to a NUL-terminated string" as xFullPathname made it.
+        let database = unsafe { CStr::from_ptr(name) };
+        let writable = real_flags & ffi::SQLITE_OPEN_READONLY == 0;
+        let open = match OpenFile::new(shim, database, options, writable) {
+            Ok(open) => Box::new(open),
+            Err(message) => {
+                handle.real().x_close();
+                return shim.host.log_failure(rc::CANTOPEN, &format!("kanbanlock: {message}"));
+            }
+        };
         if !out_flags.is_null() {
             // SAFETY: not null, and then SQLite's place for an int.
             unsafe { out_flags.write(real_flags) };
         }
-        // SAFETY: not null (above), and "a pointer to a NUL-terminated string" as xFullPathname made it.
-        let database = unsafe { CStr::from_ptr(name) };
-        let writable = real_flags & ffi::SQLITE_OPEN_READONLY == 0;
-        let open = Box::new(OpenFile::new(shim, database, options, writable));
         handle.set_open(open, io::methods(handle.real().version()));
         rc::OK
     })

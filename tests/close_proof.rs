@@ -7,9 +7,13 @@
 
 mod support;
 
+use std::sync::Arc;
+
 use rusqlite::ffi;
 use support::TestDb;
 use support::agent::{Agent, Task};
+use support::handles::Order;
+use support::tap_vfs::{Observer, Tap};
 
 #[test]
 fn agent_process() {
@@ -204,3 +208,117 @@ fn the_status_says_whether_locks_are_close_proof() {
     let mut agent = Agent::with_db(db.path(), "kanbanlock");
     assert!(agent.query("PRAGMA kanbanlock").contains("\"close_proof\":true"));
 }
+
+fn open_with(db: &TestDb, close_proof: &str) -> Task {
+    Task::Open(format!("file:{}?vfs=kanbanlock&kanbanlock_close_proof={close_proof}", db.path().display()))
+}
+
+/// The URI decides for one database: `off` leaves its locks, and its `-shm`'s, as stock SQLite has them.
+#[test]
+fn the_uri_decides() {
+    let cases = [
+        ("delete", "BEGIN IMMEDIATE; UPDATE t SET x = 2", ""),
+        ("wal", "BEGIN IMMEDIATE; UPDATE t SET x = 2", "-shm"),
+    ];
+    for (journal_mode, hold, suffix) in cases {
+        for close_proof in ["off", "on"] {
+            let db = database(journal_mode);
+            let mut victim = Agent::start();
+            victim.ask(&open_with(&db, close_proof)).unwrap();
+            victim.execute(hold).unwrap();
+            let mut peer = Agent::stock_with_db(db.path());
+            assert!(is_kept_out(&mut peer, "BEGIN IMMEDIATE"), "before the stray close");
+            victim.ask(&Task::StrayClose(db.beside(suffix))).unwrap();
+            let expected = close_proof == "on";
+            assert_eq!(is_kept_out(&mut peer, "BEGIN IMMEDIATE"), expected, "{journal_mode}, {close_proof}");
+            let status = format!("\"close_proof\":{expected}");
+            assert!(victim.query("PRAGMA kanbanlock").contains(&status), "{journal_mode}, {close_proof}");
+            assert_eq!(victim.log(), "", "it was wished for: nothing to warn of");
+        }
+    }
+}
+
+/// One inode goes one way: whoever wishes for the other one is not opened, and told what to do; once the first has
+/// closed its connection, it is.
+#[test]
+fn a_contradicting_wish_is_not_opened() {
+    for (first, second) in [("off", "on"), ("on", "off")] {
+        let db = database("wal");
+        // A handle is a connection of its own; Task::Open is another.
+        let uri = format!("file:{}?vfs=kanbanlock&kanbanlock_close_proof={first}", db.path().display());
+        let mut agent = Agent::start();
+        agent.order(0, Order::Open(uri)).unwrap().result.unwrap();
+        for has_locked in [false, true] {
+            if has_locked {
+                agent.order(0, Order::Run("SELECT x FROM t".to_owned())).unwrap().result.unwrap();
+            }
+            let (code, _) = agent.ask(&open_with(&db, second)).unwrap_err();
+            assert_eq!(code, ffi::SQLITE_CANTOPEN, "{first}, then {second}, locked: {has_locked}");
+            assert!(agent.log().contains("give all connections the same value"), "{}", agent.log());
+        }
+        agent.ask(&open_with(&db, first)).unwrap();
+        agent.ask(&Task::Close).unwrap();
+        agent.order(0, Order::Close).unwrap().result.unwrap();
+        agent.ask(&open_with(&db, second)).unwrap();
+        agent.execute("UPDATE t SET x = x + 1").unwrap();
+        let status = format!("\"close_proof\":{}", second == "on");
+        assert!(agent.query("PRAGMA kanbanlock").contains(&status));
+    }
+}
+
+/// A connection without the parameter wishes for what the registration says; a plain `unix` one goes the way it finds,
+/// and decides if it is first.
+#[test]
+fn the_registration_and_plain_connections_count_too() {
+    let db = database("delete");
+    let plain = |vfs: &str| Order::Open(format!("file:{}?vfs={vfs}", db.path().display()));
+    let select = || Order::Run("SELECT x FROM t".to_owned());
+    let mut agent = Agent::start();
+    agent.ask(&open_with(&db, "off")).unwrap();
+    let refused = agent.order(0, plain("kanbanlock")).unwrap().result.unwrap_err();
+    assert_eq!(refused.0, ffi::SQLITE_CANTOPEN);
+    agent.order(0, plain("unix")).unwrap().result.unwrap();
+    agent.order(0, select()).unwrap().result.unwrap();
+    agent.ask(&Task::Close).unwrap();
+    // The plain connection has taken the way that it found, and keeps it.
+    let refused = agent.order(1, plain("kanbanlock")).unwrap().result.unwrap_err();
+    assert_eq!(refused.0, ffi::SQLITE_CANTOPEN);
+
+    agent.order(0, Order::Close).unwrap().result.unwrap();
+    agent.order(0, plain("unix")).unwrap().result.unwrap();
+    agent.order(0, select()).unwrap().result.unwrap();
+    assert_eq!(agent.ask(&open_with(&db, "off")).unwrap_err().0, ffi::SQLITE_CANTOPEN);
+    agent.ask(&open_with(&db, "on")).unwrap();
+}
+
+/// `on` is a demand: it installs what a registration has left out, and where that is impossible nothing is opened.
+#[test]
+fn on_is_a_demand() {
+    support::in_own_process("on_is_a_demand", || {
+        support::log::install();
+        let db = database("delete");
+        let off = kanbanlock::Options::new().close_proof(false);
+        // A real VFS without system calls, while nobody has installed the hooks.
+        Tap::new("tap", "unix", Arc::new(Nobody)).register();
+        off.clone().name("on-a-tap").real_vfs("tap").register().unwrap();
+        let code = support::code(db.try_open_uri("vfs=on-a-tap&kanbanlock_close_proof=on"));
+        assert_eq!(code, ffi::SQLITE_CANTOPEN);
+        let lines = support::log::lines_with("kanbanlock_close_proof=on is not possible here");
+        assert_eq!(lines.len(), 1, "{lines:?}");
+
+        off.register().unwrap();
+        let is_close_proof = |parameters: &str| {
+            let connection = db.try_open_uri(parameters).unwrap();
+            let status: String = connection.query_row("PRAGMA kanbanlock", [], |row| row.get(0)).unwrap();
+            status.contains("\"close_proof\":true")
+        };
+        assert!(!is_close_proof("vfs=kanbanlock"));
+        assert!(is_close_proof("vfs=kanbanlock&kanbanlock_close_proof=on"));
+        assert!(!is_close_proof("vfs=kanbanlock"), "the registration says so");
+    });
+}
+
+/// A tap that observes nothing.
+struct Nobody;
+
+impl Observer for Nobody {}
