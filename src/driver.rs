@@ -57,13 +57,14 @@ impl<G: Gate> Driver<G> {
         self.state.set(self.state.get().poison());
     }
 
-    /// `xLock`: rows L1–L8, L12.
+    /// `xLock`: rows L1–L8, L12, M1.
     #[inline]
     pub fn x_lock(&self, real: &impl RealLocks, level: c_int, around: &impl Surroundings) -> c_int {
         let Some(to) = LockLevel::from_raw(level) else {
             return real.x_lock(level); // X1
         };
-        if let Err(code) = self.admit(real, self.state.get().ask_lock(to)) {
+        if let Err(code) = self.admit(real, around, self.state.get().ask_lock(to), to == LockLevel::Exclusive)
+        {
             return code;
         }
         let is_shared = self.state.get().raises_to_exclusive(to) && around.others_use_shm();
@@ -85,13 +86,20 @@ impl<G: Gate> Driver<G> {
         code
     }
 
-    /// `xShmLock`: rows S1–S6, K1, K2 and the reset guard, G1–G4.
+    /// `xShmLock`: rows S1–S6, K1, K2, M1 and the reset guard, G1–G4.
     #[inline]
-    pub fn x_shm_lock(&self, real: &impl RealLocks, offset: c_int, count: c_int, flags: c_int) -> c_int {
+    pub fn x_shm_lock(
+        &self,
+        real: &impl RealLocks,
+        offset: c_int,
+        count: c_int,
+        flags: c_int,
+        around: &impl Surroundings,
+    ) -> c_int {
         let Some(request) = ShmRequest::from_raw(offset, count, flags) else {
             return real.x_shm_lock(offset, count, flags); // X1
         };
-        if let Err(code) = self.admit(real, self.state.get().ask_shm(request)) {
+        if let Err(code) = self.admit(real, around, self.state.get().ask_shm(request), false) {
             return code;
         }
         let code = real.x_shm_lock(offset, count, flags);
@@ -114,21 +122,37 @@ impl<G: Gate> Driver<G> {
 
     /// Everything that must be won before the call is forwarded; `Err` is the answer if it is not.
     #[inline(always)]
-    fn admit(&self, real: &impl RealLocks, ask: Ask) -> Result<(), c_int> {
-        if ask == Ask::Forward { Ok(()) } else { self.win(real, ask) }
+    fn admit(
+        &self,
+        real: &impl RealLocks,
+        around: &impl Surroundings,
+        ask: Ask,
+        to_exclusive: bool,
+    ) -> Result<(), c_int> {
+        if ask == Ask::Forward { Ok(()) } else { self.win(real, around, ask, to_exclusive) }
     }
 
     #[inline(never)]
-    fn win(&self, real: &impl RealLocks, ask: Ask) -> Result<(), c_int> {
+    fn win(
+        &self,
+        real: &impl RealLocks,
+        around: &impl Surroundings,
+        ask: Ask,
+        to_exclusive: bool,
+    ) -> Result<(), c_int> {
         let acquired = match (ask, &self.gate) {
-            (Ask::Forward, _) => true,
             (Ask::TakeGate, Some(gate)) => gate.try_acquire()?,
             (Ask::AwaitGate, Some(gate)) => gate.await_acquire()?,
-            (Ask::TakeGate | Ask::AwaitGate, None) => true,
+            (Ask::Forward, _) | (Ask::TakeGate | Ask::AwaitGate, None) => return Ok(()),
             (Ask::GuardReset, _) => return self.guard_reset(real),
             (Ask::Refuse, _) => return Err(rc::IOERR_LOCK),
         };
-        if acquired { Ok(()) } else { Err(rc::BUSY) }
+        if !acquired {
+            around.doubt_places();
+            return Err(rc::BUSY);
+        }
+        // Row M1: the gate is given back.
+        around.check_places(to_exclusive).inspect_err(|_| self.settle(self.state.get()))
     }
 
     /// Row G1. A checkpointer holds CKPT from before it reads the wal-index header until it is done, so a

@@ -33,8 +33,12 @@ pub mod rc {
     pub const CANTOPEN_ISDIR: c_int = CANTOPEN | (2 << 8);
     /// SQLITE_CANTOPEN_SYMLINK
     pub const CANTOPEN_SYMLINK: c_int = CANTOPEN | (6 << 8);
+    /// SQLITE_READONLY: the database has several names
+    pub const READONLY: c_int = 8;
+    /// SQLITE_READONLY_DBMOVED: the database, its `-wal` or its `-shm` is not in its place
+    pub const READONLY_DBMOVED: c_int = READONLY | (4 << 8);
     /// SQLITE_READONLY_DIRECTORY: the lock file cannot be created there
-    pub const READONLY_DIRECTORY: c_int = 8 | (6 << 8);
+    pub const READONLY_DIRECTORY: c_int = READONLY | (6 << 8);
     /// SQLITE_IOERR_WRITE
     pub const IOERR_WRITE: c_int = 10 | (3 << 8);
     /// SQLITE_IOERR_TRUNCATE

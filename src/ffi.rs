@@ -94,6 +94,7 @@ pub const SQLITE_OPEN_MAIN_DB: c_int = 0x0000_0100;
 pub const SQLITE_FCNTL_LOCKSTATE: c_int = 1;
 pub const SQLITE_FCNTL_VFSNAME: c_int = 12;
 pub const SQLITE_FCNTL_PRAGMA: c_int = 14;
+pub const SQLITE_FCNTL_HAS_MOVED: c_int = 20;
 pub const SQLITE_FCNTL_LOCK_TIMEOUT: c_int = 34;
 
 // The functions that the host's copy of SQLite gives a shim, as types: `host.rs` holds one set per copy.

@@ -13,10 +13,10 @@
 //! Only main database files have this shape. Every other file (journals, WAL, temporary files) is opened by
 //! the real VFS in the same memory, with its own methods, and never comes back to us.
 //!
-//! Uses: `driver`, `gate`, `lock`, `fork`, `ofd`, `real`, `shim`, `sys`, `stats`, `options`, `error`, `ffi`.
+//! Uses: `driver`, `gate`, `lock`, `fork`, `ofd`, `place`, `real`, `shim`, `sys`, `stats`, `options`, `error`, `ffi`.
 
 use std::cell::Cell;
-use std::ffi::{CStr, CString, c_int};
+use std::ffi::{CStr, c_int};
 use std::mem::{align_of, size_of};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::ptr::NonNull;
@@ -25,10 +25,11 @@ use crate::driver::Driver;
 use crate::error::rc;
 use crate::ffi;
 use crate::fork;
-use crate::gate::{LockFile, with_suffix};
+use crate::gate::{Fallback, LockFile, with_suffix};
 use crate::lock::Surroundings;
 use crate::ofd;
 use crate::options::FileOptions;
+use crate::place::{Names, Place, Purpose};
 use crate::real::RealFile;
 use crate::shim::Shim;
 use crate::sys::{self, ErrnoGuard, FileId};
@@ -66,9 +67,8 @@ pub struct OpenFile {
     id: Option<FileId>,
     /// Held as long as the file is open.
     _close_proof_wish: Option<ofd::Wish>,
-    shm_path: CString,
-    /// Between xShmMap and xShmUnmap: the real file has `-shm` open.
-    has_mapped_shm: Cell<bool>,
+    /// Its names, and whether they still lead to it.
+    pub place: Place,
     /// The `fork::generation` that opened it.
     generation: u32,
     has_warned_inherited: Cell<bool>,
@@ -80,18 +80,33 @@ impl OpenFile {
     ///
     /// # Errors
     ///
-    /// A message: why it cannot have the close-proof locks that it wishes for, or not do without.
+    /// A message: it was replaced meanwhile, or cannot have the close-proof locks that it wishes for, or not do without.
     pub fn new(
         shim: &'static Shim,
+        real: RealFile,
         database: &CStr,
         options: FileOptions,
         writable: bool,
     ) -> Result<OpenFile, String> {
         let gate = writable.then(|| LockFile::new(shim.host, database, options.fallback));
-        let shm_path = with_suffix(database, "-shm");
-        let id = sys::stat(database).ok().map(|attributes| attributes.id);
+        let names = Names {
+            database: database.to_owned(),
+            wal: with_suffix(database, "-wal"),
+            shm: with_suffix(database, "-shm"),
+        };
+        // SQLite resolves symbolic links: a name that is one is not SQLite's, and no file has its place by it.
+        let named = sys::lstat(database).ok();
+        let has_place = named.is_some_and(|there| there.is_regular());
+        let id = if has_place { named } else { sys::stat(database).ok() }.map(|there| there.id);
+        // After lstat(2), so that `id` is what the real VFS has open.
+        let has_moved = real.has_moved();
+        if has_moved == Some(true) {
+            return Err(format!("{} was replaced while it was being opened: open it again", path(database)));
+        }
+        let placed = id.filter(|_| has_place && has_moved == Some(false));
+        let place = Place::new(shim.host, names, placed, options.fallback == Fallback::Unlocked);
         let close_proof_wish = match id {
-            Some(id) => wish_for_close_proof(shim, database, id, &shm_path, options)?,
+            Some(id) => wish_for_close_proof(shim, id, place.names(), options)?,
             None => None,
         };
         Ok(OpenFile {
@@ -100,8 +115,7 @@ impl OpenFile {
             _close_proof_wish: close_proof_wish,
             id,
             options,
-            shm_path,
-            has_mapped_shm: Cell::new(false),
+            place,
             generation: fork::generation(),
             has_warned_inherited: Cell::new(false),
         })
@@ -125,21 +139,11 @@ impl OpenFile {
         failure
     }
 
-    /// After xShmMap, whatever it answered.
-    pub fn shm_mapped(&self) {
-        self.has_mapped_shm.set(true);
-    }
-
-    /// After xShmUnmap.
-    pub fn shm_unmapped(&self) {
-        self.has_mapped_shm.set(false);
-    }
-
     #[cold]
     fn ask_who_uses_shm(&self) -> bool {
         let _errno = ErrnoGuard::new();
-        let others = |id| ofd::is_locked_by_others(&self.shim.host, self.shim.real, id, SHM_DMS_BYTE);
-        sys::lstat(&self.shm_path).ok().and_then(|shm| others(shm.id)).unwrap_or(false)
+        let others = |shm| ofd::is_locked_by_others(&self.shim.host, self.shim.real, shm, SHM_DMS_BYTE);
+        self.place.shm().and_then(others).unwrap_or(false)
     }
 
     /// The answer to `PRAGMA kanbanlock`: one row of JSON.
@@ -176,9 +180,8 @@ impl OpenFile {
 
 fn wish_for_close_proof(
     shim: &Shim,
-    database: &CStr,
     id: FileId,
-    shm_path: &CStr,
+    names: &Names,
     options: FileOptions,
 ) -> Result<Option<ofd::Wish>, String> {
     if options.close_proof == Some(true) {
@@ -186,27 +189,40 @@ fn wish_for_close_proof(
             .map_err(|reason| format!("kanbanlock_close_proof=on is not possible here: {reason}"))?;
     }
     let is_close_proof = options.close_proof.unwrap_or(shim.options.close_proof);
-    ofd::wish(&shim.host, shim.real, id, shm_path, is_close_proof).map_err(|ofd::Contradiction| {
+    ofd::wish(&shim.host, shim.real, id, &names.shm, is_close_proof).map_err(|ofd::Contradiction| {
         let (wished, other) = if is_close_proof { ("on", "off") } else { ("off", "on") };
         format!(
             "{} is open in this process with kanbanlock_close_proof={other} (the plain unix VFS counts as on), and \
              cannot be opened with {wished} beside it: give all connections the same value, or close the others first",
-            database.to_string_lossy()
+            path(&names.database)
         )
     })
+}
+
+fn path(path: &CStr) -> std::borrow::Cow<'_, str> {
+    path.to_string_lossy()
 }
 
 impl Surroundings for OpenFile {
     /// A WAL connection may hold SHARED for life then.
     fn shm_exists(&self) -> bool {
         let _errno = ErrnoGuard::new();
-        sys::lstat(&self.shm_path).is_ok()
+        sys::lstat(&self.place.names().shm).is_ok()
     }
 
     /// As `unixIsSharingShmNode` of SQLite 3.51; false if it cannot be known (no hooks, hence no table of locks).
     #[inline]
     fn others_use_shm(&self) -> bool {
-        self.has_mapped_shm.get() && self.ask_who_uses_shm()
+        self.place.has_mapped_shm() && self.ask_who_uses_shm()
+    }
+
+    #[inline]
+    fn check_places(&self, to_exclusive: bool) -> Result<(), c_int> {
+        self.place.check(if to_exclusive { Purpose::Exclusive } else { Purpose::Write })
+    }
+
+    fn doubt_places(&self) {
+        self.place.doubt();
     }
 }
 

@@ -53,7 +53,8 @@ pub trait Gate {
     fn is_held(&self) -> bool;
 }
 
-/// What to do when the lock file cannot be used. URI parameter `kanbanlock_fallback`.
+/// What to do when the lock file cannot be used, or cannot do its work: a database with several names (hard links) has
+/// several lock files. URI parameter `kanbanlock_fallback`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Fallback {

@@ -11,7 +11,7 @@ use std::ffi::{CStr, c_char, c_int, c_void};
 use crate::error::rc;
 use crate::ffi::{self, sqlite3_file, sqlite3_int64};
 use crate::file::{FileHandle, OpenFile};
-use crate::real::RealFile;
+use crate::real::{RealFile, WalIndex};
 
 /// The table for a real file whose methods are complete up to `version`.
 pub fn methods(version: c_int) -> &'static ffi::sqlite3_io_methods {
@@ -89,7 +89,7 @@ unsafe extern "C" fn x_shm_lock(file: *mut sqlite3_file, offset: c_int, count: c
     // SAFETY: SQLite's call.
     let file = unsafe { handle(file) };
     file.guarded(rc::IOERR_SHMLOCK, |open, real| {
-        open.unless_inherited(rc::IOERR_SHMLOCK, || open.driver.x_shm_lock(&real, offset, count, flags))
+        open.unless_inherited(rc::IOERR_SHMLOCK, || open.driver.x_shm_lock(&real, offset, count, flags, open))
     })
 }
 
@@ -106,7 +106,15 @@ unsafe extern "C" fn x_shm_map(
         let Some(x_shm_map) = real.method(|methods| methods.xShmMap) else { return rc::IOERR_SHMMAP };
         // SAFETY: the real file's own method, called with the real file and SQLite's own arguments.
         let code = unsafe { x_shm_map(real.as_ptr(), page, size, extend, out) };
-        open.shm_mapped();
+        let wal_index = if code == rc::OK && page == 0 {
+            // SAFETY: "written to *pp", where the answer is SQLITE_OK.
+            let region = unsafe { out.read() };
+            // SAFETY: region 0, of `size` bytes (SQLite's is 32 KiB), mapped until xShmUnmap.
+            unsafe { WalIndex::new(region) }
+        } else {
+            None
+        };
+        open.place.shm_mapped(wal_index);
         code
     })
 }
@@ -116,7 +124,7 @@ unsafe extern "C" fn x_shm_unmap(file: *mut sqlite3_file, delete: c_int) -> c_in
     let file = unsafe { handle(file) };
     file.guarded(rc::IOERR_SHMLOCK, |open, real| {
         let code = open.driver.x_shm_unmap(&real, delete);
-        open.shm_unmapped();
+        open.place.shm_unmapped();
         code
     })
 }

@@ -62,6 +62,7 @@ mod io;
 mod lock;
 mod ofd;
 mod options;
+mod place;
 mod real;
 mod register;
 mod shim;

@@ -196,6 +196,14 @@ pub trait Surroundings {
     fn shm_exists(&self) -> bool;
     /// Row L12: does another process, or another copy of SQLite, use the `-shm` that this file has mapped?
     fn others_use_shm(&self) -> bool;
+    /// Row M1: is every file in its place? Asked when the gate was acquired. `to_exclusive`: for EXCLUSIVE.
+    ///
+    /// # Errors
+    ///
+    /// The result code to answer, already logged.
+    fn check_places(&self, to_exclusive: bool) -> Result<(), c_int>;
+    /// The gate was refused: what was known of the files' places is not known any more.
+    fn doubt_places(&self);
 }
 
 #[cfg(test)]

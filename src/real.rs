@@ -169,6 +169,52 @@ impl RealFile {
     }
 }
 
+impl RealFile {
+    /// Has the file been "renamed, moved, or deleted since it was first opened"? `None`: it cannot tell.
+    pub fn has_moved(self) -> Option<bool> {
+        let mut has_moved: c_int = 0;
+        let arg: *mut c_int = &raw mut has_moved;
+        // SAFETY: SQLITE_FCNTL_HAS_MOVED "interprets its argument as a pointer to an integer": `has_moved`.
+        let rc = unsafe { self.x_file_control(ffi::SQLITE_FCNTL_HAS_MOVED, arg.cast()) };
+        (rc == rc::OK).then_some(has_moved != 0)
+    }
+}
+
+/// The header of a mapped wal-index: the first region of a `-shm`. <https://www.sqlite.org/walformat.html#the_wal_index_header>
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct WalIndex(NonNull<u32>);
+
+impl WalIndex {
+    /// # Safety
+    ///
+    /// `region` is region 0 as xShmMap returned it, null or at least 48 bytes, and stays mapped as long as this is used:
+    /// until xShmUnmap.
+    pub unsafe fn new(region: *mut c_void) -> Option<WalIndex> {
+        NonNull::new(region.cast()).map(WalIndex)
+    }
+
+    /// How many bytes the WAL has at least, if its committed frames are all there: "mxFrame", each a frame header of 24
+    /// bytes and a page, behind a WAL header of 32 bytes. `None`: the header is not that of a WAL with frames.
+    pub fn wal_size(self) -> Option<u64> {
+        let [version, pages, frames] = [0, 3, 4].map(|word| self.read(word));
+        let [is_init, _, page_size @ ..] = pages.to_ne_bytes();
+        // "The size of a database page in bytes, or 1 to represent a page size of 65536."
+        let page_size = match u16::from_ne_bytes(page_size) {
+            1 => 65536,
+            size => u64::from(size),
+        };
+        let is_valid = version == 3_007_000 && is_init == 1 && frames != 0;
+        is_valid.then(|| 32 + u64::from(frames) * (24 + page_size))
+    }
+
+    fn read(self, word: usize) -> u32 {
+        // SAFETY: WalIndex::new: 48 bytes, of which `word` (0 to 4) is one of the first five words.
+        let word = unsafe { self.0.add(word) };
+        // SAFETY: mapped (WalIndex::new), and aligned: regions are pages. Other processes write it at any time: volatile.
+        unsafe { word.read_volatile() }
+    }
+}
+
 impl RealLocks for RealFile {
     #[inline]
     fn x_lock(&self, level: c_int) -> c_int {
@@ -204,5 +250,30 @@ impl RealLocks for RealFile {
         // lock … into an integer that the pArg argument points to": `level` is that integer.
         let rc = unsafe { self.x_file_control(ffi::SQLITE_FCNTL_LOCKSTATE, arg.cast()) };
         if rc == rc::OK { LockLevel::from_raw(level) } else { None }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The first words of a wal-index: version, padding, change counter, flags with the page size, mxFrame.
+    fn wal_size(version: u32, is_init: u8, page_size: u16, frames: u32) -> Option<u64> {
+        let [low, high] = page_size.to_ne_bytes();
+        let mut header = [version, 0, 7, u32::from_ne_bytes([is_init, 0, low, high]), frames];
+        // SAFETY: as many words as are read, in place during the call.
+        unsafe { WalIndex::new(header.as_mut_ptr().cast()) }.unwrap().wal_size()
+    }
+
+    #[test]
+    fn a_wal_is_as_long_as_its_index_says() {
+        assert_eq!(wal_size(3_007_000, 1, 4096, 1), Some(32 + 24 + 4096));
+        assert_eq!(wal_size(3_007_000, 1, 1, 3), Some(32 + 3 * (24 + 65536)));
+        assert_eq!(wal_size(3_007_000, 1, 512, u32::MAX), Some(32 + 4_294_967_295 * 536));
+        for (version, is_init, frames) in [(3_007_000, 1, 0), (3_007_000, 0, 1), (3_021_000, 1, 1)] {
+            assert_eq!(wal_size(version, is_init, 4096, frames), None, "{version} {is_init} {frames}");
+        }
+        // SAFETY: null is allowed.
+        assert_eq!(unsafe { WalIndex::new(std::ptr::null_mut()) }, None);
     }
 }

@@ -26,6 +26,8 @@
 //! process that lost its SHARED lock by a stray close() may still use that WAL; its mark on the `-shm`, the DMS byte,
 //! says so. SQLite 3.51 asks for the mark itself (`unixIsSharingShmNode`), older ones do not.
 //!
+//! Row M1: a write into a file that was deleted, renamed or replaced would be acknowledged and lost (`place.rs`).
+//!
 //! | row | before | call | gate | real result | after |
 //! |---|---|---|---|---|---|
 //! | L1 | NONE | xLock SHARED | – | any | gate unchanged |
@@ -55,6 +57,7 @@
 //! | G2 | same | same | CKPT won | not OK | give CKPT back |
 //! | G3 | same | same | CKPT won | OK | `excl` grows, guarded |
 //! | G4 | guarded | shm UNLOCK of READ(1)…READ(4) | – | OK | cleared, give CKPT back |
+//! | M1 | any | what needs the gate | taken; a file is not in its place → release, error | not called | as before |
 //! | P1 | poisoned | an upgrade that needs the gate, or a reset | – | not called | as before; SQLITE_IOERR_LOCK |
 //! | X1 | any | arguments outside the protocol | – | any | as before |
 //!

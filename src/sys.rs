@@ -74,6 +74,8 @@ pub struct Attributes {
     pub uid: libc::uid_t,
     /// Group.
     pub gid: libc::gid_t,
+    /// `st_size`, in bytes.
+    pub size: libc::off_t,
     /// How many names lead to it.
     pub links: libc::nlink_t,
     /// `st_ctim`, in seconds and nanoseconds: "the time of the last status change", inode(7).
@@ -107,6 +109,7 @@ impl From<libc::stat> for Attributes {
             mode: stat.st_mode,
             uid: stat.st_uid,
             gid: stat.st_gid,
+            size: stat.st_size,
             links: stat.st_nlink,
             changed: (stat.st_ctime, stat.st_ctime_nsec),
         }

@@ -96,7 +96,7 @@ unsafe extern "C" fn x_open(
         // SAFETY: not null (above), and "a pointer to a NUL-terminated string" as xFullPathname made it.
         let database = unsafe { CStr::from_ptr(name) };
         let writable = real_flags & ffi::SQLITE_OPEN_READONLY == 0;
-        let open = match OpenFile::new(shim, database, options, writable) {
+        let open = match OpenFile::new(shim, handle.real(), database, options, writable) {
             Ok(open) => Box::new(open),
             Err(message) => {
                 handle.real().x_close();

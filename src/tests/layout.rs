@@ -41,6 +41,7 @@ fn constants_are_those_of_libsqlite3_sys() {
     assert_eq!(ours::SQLITE_FCNTL_LOCKSTATE, sys::SQLITE_FCNTL_LOCKSTATE);
     assert_eq!(ours::SQLITE_FCNTL_VFSNAME, sys::SQLITE_FCNTL_VFSNAME);
     assert_eq!(ours::SQLITE_FCNTL_PRAGMA, sys::SQLITE_FCNTL_PRAGMA);
+    assert_eq!(ours::SQLITE_FCNTL_HAS_MOVED, sys::SQLITE_FCNTL_HAS_MOVED);
     assert_eq!(ours::SQLITE_FCNTL_LOCK_TIMEOUT, sys::SQLITE_FCNTL_LOCK_TIMEOUT);
     assert_eq!(rc::PERM, sys::SQLITE_PERM);
     assert_eq!(rc::BUSY, sys::SQLITE_BUSY);
@@ -51,9 +52,12 @@ fn constants_are_those_of_libsqlite3_sys() {
     assert_eq!(rc::WARNING, sys::SQLITE_WARNING);
     assert_eq!(rc::CANTOPEN_ISDIR, sys::SQLITE_CANTOPEN_ISDIR);
     assert_eq!(rc::CANTOPEN_SYMLINK, sys::SQLITE_CANTOPEN_SYMLINK);
+    assert_eq!(rc::READONLY, sys::SQLITE_READONLY);
+    assert_eq!(rc::READONLY_DBMOVED, sys::SQLITE_READONLY_DBMOVED);
     assert_eq!(rc::READONLY_DIRECTORY, sys::SQLITE_READONLY_DIRECTORY);
     assert_eq!(rc::IOERR_UNLOCK, sys::SQLITE_IOERR_UNLOCK);
     assert_eq!(rc::IOERR_LOCK, sys::SQLITE_IOERR_LOCK);
     assert_eq!(rc::IOERR_CLOSE, sys::SQLITE_IOERR_CLOSE);
     assert_eq!(rc::IOERR_SHMLOCK, sys::SQLITE_IOERR_SHMLOCK);
+    assert_eq!(rc::IOERR_SHMMAP, sys::SQLITE_IOERR_SHMMAP);
 }

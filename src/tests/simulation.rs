@@ -95,6 +95,8 @@ struct Weather {
     shm_exists: bool,
     /// Others use the `-shm` that this file has mapped.
     others_use_shm: bool,
+    /// A file is not in its place: this code.
+    moved: Option<c_int>,
     tells_lock_state: bool,
 }
 
@@ -173,13 +175,15 @@ fn weather() -> impl Strategy<Value = Weather> {
     let gate_fails =
         prop_oneof![40 => Just(None), 1 => Just(Some(rc::CANTOPEN)), 1 => Just(Some(rc::IOERR_LOCK))];
     let others_use_shm = prop_oneof![9 => Just(false), 1 => Just(true)];
-    (fault, 0..3_usize, gate_fails, any::<bool>(), others_use_shm, any::<bool>()).prop_map(
-        |(fault, fault_at, gate_fails, shm_exists, others_use_shm, tells_lock_state)| Weather {
+    let moved = prop_oneof![40 => Just(None), 1 => Just(Some(rc::READONLY_DBMOVED))];
+    (fault, 0..3_usize, gate_fails, any::<bool>(), others_use_shm, moved, any::<bool>()).prop_map(
+        |(fault, fault_at, gate_fails, shm_exists, others_use_shm, moved, tells_lock_state)| Weather {
             fault,
             fault_at: fault_at / 2, // the first call twice as often as the second
             gate_fails,
             shm_exists,
             others_use_shm,
+            moved,
             tells_lock_state,
         },
     )
@@ -196,6 +200,10 @@ enum Event {
     /// The real VFS was called, and answered.
     Real(Call, c_int),
     Panicked,
+    /// The driver asked whether the files are in their places, for EXCLUSIVE or not.
+    Looked(bool),
+    /// The driver told that they may not be any more.
+    Doubted,
     /// The driver was told that others use the `-shm`.
     SharedShm,
     Released,
@@ -425,6 +433,17 @@ impl Surroundings for Fake {
         }
         world.weather.others_use_shm
     }
+    fn check_places(&self, to_exclusive: bool) -> Result<(), c_int> {
+        let mut world = self.world.borrow_mut();
+        world.events.push(Event::Looked(to_exclusive));
+        if world.gate != Some(Holder::Connection(self.who)) {
+            world.wrong.push("the places are looked at without the gate".to_owned());
+        }
+        world.weather.moved.map_or(Ok(()), Err)
+    }
+    fn doubt_places(&self) {
+        self.world.borrow_mut().events.push(Event::Doubted);
+    }
 }
 
 impl Fake {
@@ -497,6 +516,7 @@ const CALM: Weather = Weather {
     gate_fails: None,
     shm_exists: true,
     others_use_shm: false,
+    moved: None,
     tells_lock_state: true,
 };
 
@@ -635,7 +655,7 @@ impl Simulation {
         let code = match call {
             Lock(level) => driver.x_lock(&real, level, &real),
             Unlock(level) => driver.x_unlock(&real, level),
-            Shm(offset, count, flags) => driver.x_shm_lock(&real, offset, count, flags),
+            Shm(offset, count, flags) => driver.x_shm_lock(&real, offset, count, flags, &real),
             Unmap => driver.x_shm_unmap(&real, 0),
         };
         let was_refused = self.world.borrow().events.contains(&Event::Refused);
@@ -688,8 +708,29 @@ impl Simulation {
         };
         if let Some(code) = code {
             self.see(if code == rc::BUSY { "the gate is refused" } else { "the gate fails" });
-            check(events.len() == 1 && answer == code, "refused, and yet it goes on")?;
+            let expected: &[Event] = if first == Some(Event::Refused) { &[Event::Doubted] } else { &[] };
+            check(rest == expected && answer == code, "refused, and yet it goes on")?;
             return self.check_between(who);
+        }
+
+        // Row M1: after each acquisition, and only then.
+        let looks = events.iter().filter(|event| matches!(event, Event::Looked(_))).count();
+        check(
+            looks == usize::from(first == Some(Event::Granted)),
+            "the places are not looked at once for each acquisition",
+        )?;
+        if first == Some(Event::Granted) {
+            let to_exclusive = Event::Looked(call == Lock(EXCLUSIVE));
+            check(rest.first() == Some(&to_exclusive), "the places are not looked at next, for what it is")?;
+            let moved = self.world.borrow().weather.moved;
+            if let Some(code) = moved {
+                check(
+                    rest == [to_exclusive, Event::Released] && answer == code,
+                    "moved, and yet it goes on",
+                )?;
+                self.see("M1: a file is not in its place");
+                return self.check_between(who);
+            }
         }
 
         if before.is_lent && first == Some(Event::Granted) {
@@ -921,6 +962,7 @@ fn the_driver_keeps_its_order() {
         "L7w: the gate is lent",
         "L7w: the lent gate is retaken",
         "L12: others use the -shm",
+        "M1: a file is not in its place",
         "L11: LOCKSTATE tells",
         "L11: nobody knows, and the gate was lent",
         "S2, S4, K1: a writer or a checkpoint, gated",
