@@ -20,8 +20,9 @@
 //!   way; an error other than "there is no such file" says nothing of the file.
 //! - To delete a WAL (EXCLUSIVE) is allowed when `-wal` or `-shm` are gone, if no other file has come in their place: the
 //!   last close then copies what is committed into the database, and so saves it.
-//! - The WAL is as long as the wal-index says: what is committed is in it. So one that was truncated or overwritten in
-//!   place is noticed too, and one that SQLite has made anew, after a deletion, in a process that came later.
+//! - The WAL is as long as the wal-index says: what is committed is in it. So one that was truncated in place, or
+//!   overwritten by a shorter one, is noticed too, and one that SQLite has made anew, after a deletion, in a process that
+//!   came later.
 //!
 //! Uses: `host`, `real`, `sys`, `error`.
 
