@@ -22,6 +22,9 @@
 #![cfg_attr(not(test), warn(clippy::unwrap_used, clippy::expect_used, clippy::incompatible_msrv))]
 #![warn(clippy::multiple_unsafe_ops_per_block)]
 
+#[cfg(panic = "abort")]
+compile_error!("a panic must not end the host: build with panic = \"unwind\", the default");
+
 mod functions;
 
 use std::ffi::{CString, c_char, c_int, c_uint, c_void};
