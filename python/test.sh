@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Installs the package into a fresh environment of each Python that is given, and runs its tests and a type checker there.
+# Installs the package into a fresh environment of each Python that is given; runs its tests and a type checker there.
 #
 #     python/test.sh /usr/bin/python3 python3
 set -euo pipefail
@@ -9,7 +9,8 @@ for python in "$@"; do
     count=$((count + 1))
     environment=target/python/$count
     "$python" -m venv --clear "$environment"
-    "$environment/bin/pip" install --quiet --disable-pip-version-check './python[test]' -r hosts/requirements.txt
+    "$environment/bin/pip" install --quiet --disable-pip-version-check './python[test]' \
+        --requirement hosts/requirements.txt
     "$environment/bin/python" -c 'import sqlite3, sys; print(sys.version.split()[0], "with SQLite", sqlite3.sqlite_version,
         "and" if hasattr(sqlite3.Connection, "enable_load_extension") else "without", "load_extension")'
     "$environment/bin/python" -m pytest -q -rs -p no:cacheprovider python/tests

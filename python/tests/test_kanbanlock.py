@@ -116,7 +116,8 @@ def test_a_path_may_be_no_text(tmp_path: pathlib.Path) -> None:
 
 
 def test_a_uri_keeps_its_parameters(database: pathlib.Path) -> None:
-    for uri in f"file:{database}?kanbanlock_checkpoint=gate", f"file:{database}?vfs=kanbanlock&kanbanlock_checkpoint=gate#x":
+    gated = "kanbanlock_checkpoint=gate"
+    for uri in f"file:{database}?{gated}", f"file:{database}?vfs=kanbanlock&{gated}#x":
         with contextlib.closing(kanbanlock.connect(uri)) as db:
             assert '"checkpoint":"gate"' in db.execute("PRAGMA kanbanlock").fetchone()[0]
     with pytest.raises(ValueError, match="asks for the VFS 'unix'"):

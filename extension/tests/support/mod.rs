@@ -56,11 +56,18 @@ impl TestDb {
 
     /// True if somebody holds the flock on `<db>.lock`.
     pub fn is_flocked(&self) -> bool {
-        match File::open(self.dir().join("kanban.db.lock")).map(|file| file.try_lock()) {
-            Ok(Ok(())) => false,
-            Ok(Err(TryLockError::WouldBlock)) => true,
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => false,
-            other => panic!("{other:?}"),
+        let file = match File::open(self.dir().join("kanban.db.lock")) {
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return false,
+            file => file.unwrap(),
+        };
+        match file.try_lock() {
+            Err(TryLockError::WouldBlock) => true,
+            locked => {
+                locked.unwrap();
+                // Not by closing it: a child that another test starts at this moment has it open, until it execs.
+                file.unlock().unwrap();
+                false
+            }
         }
     }
 }

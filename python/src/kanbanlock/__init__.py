@@ -38,7 +38,7 @@ def loadable_path() -> str:
     """
     path = pathlib.Path(__file__).with_name("libkanbanlock.so")
     if not path.exists():
-        raise Error(f"{path} is missing: the package must be installed (pip install ./python), not run from its source")
+        raise Error(f"{path} is missing: install the package (pip install ./python), do not run it from its source")
     return str(path)
 
 
@@ -76,10 +76,10 @@ def _register_by_symbols(default: bool) -> None:
 def load(connection: Any, *, default: bool = False) -> None:
     """Registers the VFS ``kanbanlock`` with the copy of SQLite that this connection belongs to.
 
-    connection: of sqlite3, apsw, pysqlite3 or another module with their methods. It is only used to load: it keeps the VFS
-    that it was opened with, and so do all others that are open. Open the one for your data afterwards: with sqlite3 and
-    pysqlite3 ``connect("file:kanban.db?vfs=kanbanlock", uri=True)``, with apsw ``Connection("kanban.db",
-    vfs="kanbanlock")``.
+    connection: of sqlite3, apsw, pysqlite3 or another module with their methods. It is only used to load, which is
+    disabled on it afterwards: it keeps the VFS that it was opened with, and so do all others that are open. Open the
+    one for your data afterwards: with sqlite3 and pysqlite3 ``connect("file:kanban.db?vfs=kanbanlock", uri=True)``,
+    with apsw ``Connection("kanban.db", vfs="kanbanlock")``.
 
     default: as for ``register()``. Raises Error, which names the copy of SQLite.
     """
@@ -117,7 +117,9 @@ def connect(path: str | bytes | os.PathLike[Any], *, timeout: float = 30.0, **kw
     timeout: how long a transaction waits for its turn, in seconds; sqlite3's own default is 5. It works at ``BEGIN
     IMMEDIATE``: a transaction that began as a reader cannot wait.
 
-    kwargs: as for sqlite3.connect. Raises Error, ValueError (the URI asks for another VFS), or what sqlite3.connect raises.
+    kwargs: as for sqlite3.connect.
+
+    Raises Error, ValueError (the URI asks for another VFS), or what sqlite3.connect raises.
     """
     register()
     connection: sqlite3.Connection = sqlite3.connect(_uri(path), timeout=timeout, uri=True, **kwargs)
@@ -140,7 +142,7 @@ def _with_vfs(uri: str) -> str:
     base, _, query = without_fragment.partition("?")
     vfs = urllib.parse.parse_qs(query, keep_blank_values=True).get("vfs", ["kanbanlock"])
     if vfs != ["kanbanlock"]:
-        raise ValueError(f"the URI {uri!r} asks for the VFS {vfs[-1]!r}: open it with sqlite3.connect, or leave vfs= out")
+        raise ValueError(f"{uri!r} asks for the VFS {vfs[-1]!r}: open it with sqlite3.connect, or leave vfs= out")
     parameters = [part for part in query.split("&") if part and not part.startswith("vfs=")]
     return base + "?" + "&".join([*parameters, "vfs=kanbanlock"])
 
@@ -152,8 +154,8 @@ def status(path: str | bytes | os.PathLike[Any]) -> dict[str, Any]:
     - ``held_by``: the processes that hold the flock, by their ids. Empty: nobody does, or a process of another container,
       which /proc/locks does not show.
     - ``sqlite``: the version of this Python's SQLite.
-    - ``version``, ``real_vfs``, ``checkpoint``, ``fallback``, ``close_proof``, ``process``: as ``PRAGMA kanbanlock`` answers
-      for a new connection of this process.
+    - ``version``, ``real_vfs``, ``checkpoint``, ``fallback``, ``close_proof``, ``process``: as ``PRAGMA kanbanlock``
+      answers for a new connection of this process.
 
     path: as for ``connect()``. Raises FileNotFoundError, and what ``connect()`` raises.
     """
