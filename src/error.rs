@@ -92,7 +92,7 @@ pub enum RegisterError {
         /// The name that was asked for.
         name: String,
     },
-    /// This name is registered already, with other options.
+    /// This name is registered already, with other options (other than `make_default`).
     OptionsDiffer {
         /// The name that was asked for.
         name: String,

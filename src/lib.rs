@@ -98,7 +98,8 @@ pub fn register() -> Result<(), RegisterError> {
 impl Options {
     /// Registers a VFS with these options with the SQLite that this binary is linked with.
     ///
-    /// Idempotent and thread-safe: again with equal options, it succeeds and changes nothing.
+    /// Idempotent and thread-safe: again with equal options, it succeeds and changes nothing. Only
+    /// [`make_default`](Options::make_default) may be added later.
     ///
     /// # Errors
     ///

@@ -156,10 +156,19 @@ impl Options {
     }
 
     /// Makes it the default VFS: connections opened by plain path go through kanbanlock too.
+    ///
+    /// A VFS that is registered already becomes the default when it is registered again with this; registering it again
+    /// without does not take that back.
     #[must_use]
     pub fn make_default(mut self, make_default: bool) -> Options {
         self.make_default = make_default;
         self
+    }
+
+    /// True if `other` describes the same VFS. Whether that is the default one is not a property of the VFS.
+    pub(crate) fn is_same_vfs(&self, other: &Options) -> bool {
+        let other = Options { make_default: self.make_default, ..other.clone() };
+        *self == other
     }
 
     /// Close-proof locks (default: true): the unix VFS's locks no longer vanish when some code in this process opens and

@@ -6,6 +6,8 @@
 //! - What is registered is leaked, and never unregistered: a connection may outlive whoever registered.
 //! - Registering again with equal options changes nothing, except that it repairs what `sqlite3_shutdown` and
 //!   initialize undo ("unix" is then the default again).
+//! - Which VFS is the default belongs to the copy of SQLite, not to the VFS: a later registration may ask for it, and
+//!   one that does not ask does not take it back.
 //!
 //! Uses: `vfs`, `shim`, `fork`, `ofd`, `host`, `real`, `options`, `ffi`, `error`.
 
@@ -31,6 +33,8 @@ const OLDEST: std::ffi::c_int = 3_014_000;
 struct Registered {
     shim: &'static Shim,
     vfs: NonNull<ffi::sqlite3_vfs>,
+    /// Some registration has asked for it.
+    make_default: bool,
 }
 
 // SAFETY: a Shim is never written after it is made, what it points to is valid until the process ends, and
@@ -39,7 +43,7 @@ unsafe impl Send for Registered {}
 
 fn registry() -> MutexGuard<'static, Vec<Registered>> {
     static REGISTRY: OnceCell<Mutex<Vec<Registered>>> = OnceCell::new();
-    // The list is only ever pushed to, so it is whole even if a thread panicked while it held the mutex.
+    // The list is pushed to, and a flag in it is set, so it is whole even if a thread panicked while it held the mutex.
     REGISTRY.get_or_init(Mutex::default).lock().unwrap_or_else(PoisonError::into_inner)
 }
 
@@ -59,11 +63,12 @@ pub unsafe fn register_with(api: HostApi, options: &Options) -> Result<(), Regis
     }
 
     let mut registry = registry();
-    let same_name = registry.iter().find(|one| one.shim.host.is_same_copy(&host) && one.shim.name == name);
-    if let Some(registered) = same_name {
-        if registered.shim.options != *options {
+    let same_name = |one: &&mut Registered| one.shim.host.is_same_copy(&host) && one.shim.name == name;
+    if let Some(registered) = registry.iter_mut().find(same_name) {
+        if !registered.shim.options.is_same_vfs(options) {
             return Err(RegisterError::OptionsDiffer { name: options.name.clone() });
         }
+        registered.make_default |= options.make_default;
         return publish(registered);
     }
     if !host.vfs_find(Some(&name)).is_null() {
@@ -75,7 +80,8 @@ pub unsafe fn register_with(api: HostApi, options: &Options) -> Result<(), Regis
     let Some(structure) = vfs::structure(shim) else {
         return Err(RegisterError::RealVfsNotFound { name: options.real_vfs.clone() });
     };
-    let registered = Registered { shim, vfs: NonNull::from(Box::leak(Box::new(structure))) };
+    let vfs = NonNull::from(Box::leak(Box::new(structure)));
+    let registered = Registered { shim, vfs, make_default: options.make_default };
     publish(&registered)?;
     let is_first_of_copy = !registry.iter().any(|one| one.shim.host.is_same_copy(&host));
     registry.push(registered);
@@ -91,9 +97,9 @@ pub unsafe fn register_with(api: HostApi, options: &Options) -> Result<(), Regis
 }
 
 fn publish(registered: &Registered) -> Result<(), RegisterError> {
-    let Registered { shim, vfs } = registered;
+    let Registered { shim, vfs, make_default } = *registered;
     // SAFETY: a complete VFS (vfs::structure), leaked, and registered with its own copy of SQLite only.
-    let code = unsafe { shim.host.vfs_register(vfs.as_ptr(), shim.options.make_default) };
+    let code = unsafe { shim.host.vfs_register(vfs.as_ptr(), make_default) };
     if code == rc::OK { Ok(()) } else { Err(RegisterError::Sqlite { code }) }
 }
 

@@ -20,6 +20,9 @@ fn a_plain_path_goes_through_the_default_vfs() {
     let before = Connection::open(db.path()).unwrap();
     assert!(!holds_the_flock_in_a_transaction(&before, &db), "not yet registered");
 
+    // A VFS that is registered already becomes the default when a later registration asks for it.
+    Options::new().register().unwrap();
+    assert!(!holds_the_flock_in_a_transaction(&Connection::open(db.path()).unwrap(), &db));
     let options = Options::new().make_default(true);
     options.register().unwrap();
     let plain = Connection::open(db.path()).unwrap();
@@ -27,6 +30,10 @@ fn a_plain_path_goes_through_the_default_vfs() {
     assert!(!holds_the_flock_in_a_transaction(&before, &db), "opened before: still on the old default");
     let by_name = db.open("unix");
     assert!(!holds_the_flock_in_a_transaction(&by_name, &db), "another VFS can still be asked for");
+
+    // Registering again without make_default does not take it back.
+    Options::new().register().unwrap();
+    assert!(holds_the_flock_in_a_transaction(&Connection::open(db.path()).unwrap(), &db));
 
     // A second registration wraps what the first one wraps, not the first one: else each write would wait for
     // its own flock.

@@ -46,7 +46,7 @@ fn other_options_under_one_name_are_an_error() {
         Options::new().name(name).checkpoint(CheckpointPolicy::Gate),
         Options::new().name(name).fallback(Fallback::Unlocked),
         Options::new().name(name).real_vfs("unix-excl"),
-        Options::new().name(name).make_default(true),
+        Options::new().name(name).close_proof(false),
     ] {
         let expected = RegisterError::OptionsDiffer { name: name.to_owned() };
         assert_error(other.register(), &expected, "register once, at start-up");

@@ -137,12 +137,16 @@ fn every_unsafe_block_has_a_safety_comment() {
         let extern_blocks = source.replace("unsafe extern \"C\" {", "");
         assert_eq!(lines_of_unsafe_without_safety(&extern_blocks), [0; 0], "{module}.rs");
     }
+    for path in rust_files(&Path::new(env!("CARGO_MANIFEST_DIR")).join("extension/src")) {
+        let source = fs::read_to_string(&path).unwrap();
+        assert_eq!(lines_of_unsafe_without_safety(&source), [0; 0], "{}", path.display());
+    }
     assert_eq!(lines_of_unsafe_without_safety("fn f() {\n    a();\n    unsafe { b() }\n}"), [3]);
 }
 
 #[test]
 fn every_file_starts_with_a_manual_page() {
-    for folder in ["src", "tests", "benches", "examples"] {
+    for folder in ["src", "tests", "benches", "examples", "extension"] {
         for path in rust_files(&Path::new(env!("CARGO_MANIFEST_DIR")).join(folder)) {
             let source = fs::read_to_string(&path).unwrap();
             assert!(source.starts_with("//! "), "{}: begins without a //! header", path.display());
@@ -155,7 +159,7 @@ fn rust_files(folder: &Path) -> Vec<PathBuf> {
     for entry in fs::read_dir(folder).unwrap() {
         let path = entry.unwrap().path();
         if path.is_dir() {
-            // tests/wal_reset is a package: built on its own, it has a target folder with generated code.
+            // tests/wal_reset and extension are packages: built on their own, they have a target folder with generated code.
             if !path.ends_with("target") {
                 files.extend(rust_files(&path));
             }
