@@ -32,6 +32,17 @@ pub struct Note {
 
 /// An application, as far as the matrix is concerned.
 pub trait App: Sized {
+    /// Before anything is opened; see the table above.
+    fn register(registration: &str) -> Result<(), Failure> {
+        match registration {
+            "by-name" => kanbanlock::register()?,
+            "as-default" => kanbanlock::Options::new().make_default(true).register()?,
+            "none" => {}
+            other => return Err(format!("unknown registration {other:?}").into()),
+        }
+        Ok(())
+    }
+
     /// Opens the database, by whatever string the library takes, with a busy timeout of 30 s.
     fn open(database: &str) -> Result<Self, Failure>;
 
@@ -45,12 +56,7 @@ pub fn run<A: App>() -> Result<(), Failure> {
     let [registration, database, writer] = arguments.as_slice() else {
         return Err("usage: <program> by-name|as-default|none <database> <writer>".into());
     };
-    match registration.as_str() {
-        "by-name" => kanbanlock::register()?,
-        "as-default" => kanbanlock::Options::new().make_default(true).register()?,
-        "none" => {}
-        other => return Err(format!("unknown registration {other:?}").into()),
-    }
+    A::register(registration)?;
     let mut app = A::open(database)?;
     while let Some(line) = read_line() {
         app.add(Note { writer: writer.clone(), number: line.parse()? })?;

@@ -26,6 +26,7 @@ use std::thread;
 
 use rusqlite::{Connection, OpenFlags};
 
+use crate::packages;
 use crate::rows::Row;
 
 /// Threads hand it on, so it has to be Send.
@@ -152,6 +153,7 @@ impl Writer {
     fn start(program: &Path, row: &Row, way: Way, dir: &Path, name: &str) -> Result<Writer, Failure> {
         let mut process = Command::new(program)
             .args([way.registration(), &way.database(row), name])
+            .env("KANBANLOCK_EXTENSION", packages::extension())
             .current_dir(dir)
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())

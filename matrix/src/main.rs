@@ -63,6 +63,7 @@ fn main() -> ExitCode {
 
 fn run(rows: &[&Row], is_whole: bool) -> Result<(), Failure> {
     docs::check()?;
+    packages::build_extension()?;
     let mut table = Vec::new();
     let mut failures = Vec::new();
     let mut programs = Vec::new();

@@ -34,6 +34,16 @@ pub fn build(row: &Row) -> Result<PathBuf, Failure> {
     Ok(target().join("debug").join(row.package()))
 }
 
+/// Where [`build_extension`] leaves it.
+pub fn extension() -> PathBuf {
+    target().join("debug/libkanbanlock.so")
+}
+
+/// The loadable extension, which one of the programs loads.
+pub fn build_extension() -> Result<(), Failure> {
+    cargo(&["build", "--locked", "--quiet"], &root().join("extension/Cargo.toml"))
+}
+
 /// Brings the row's committed lock file in line with the table and kanbanlock's own dependencies. What it has and may keep
 /// it keeps; to start anew, delete it first.
 pub fn update_lock(row: &Row) -> Result<(), Failure> {

@@ -131,6 +131,15 @@ pub const ROWS: &[Row] = &[
         ],
         database: Database::Sqlite,
     },
+    Row {
+        name: "static and loadable",
+        program: "static_and_loadable",
+        dependencies: &[
+            r#"libloading = "=0.8.9""#,
+            r#"rusqlite = { version = "=0.39.0", features = ["bundled", "load_extension"] }"#,
+        ],
+        database: Database::Sqlite,
+    },
 ];
 
 const fn rusqlite(name: &'static str, dependencies: &'static [&'static str]) -> Row {
