@@ -24,14 +24,22 @@ use std::ffi::c_int;
 
 use crate::error::rc;
 use crate::gate::Gate;
-use crate::lock::{LockLevel, RealLocks, ShmRequest, Surroundings};
+use crate::lock::{LockLevel, RealLocks, ShmRequest, ShmSlots, Surroundings};
 use crate::state::{Ask, CheckpointPolicy, Reply, Row, State};
 use crate::stats;
+
+/// A WAL of more bytes than this is not checkpointed beside writers (policy `auto`): it would grow without end.
+const LONG_WAL: u64 = 16 << 20;
 
 /// The locks of one open database file. SQLite serialises the calls on a file, so cells are enough.
 #[derive(Debug)]
 pub struct Driver<G> {
     state: Cell<State>,
+    policy: CheckpointPolicy,
+    /// The wal-index's change counter when the read transaction began.
+    snapshot: Cell<u32>,
+    /// WRITE was won with a snapshot that is not the newest: SQLite will give it back at once.
+    is_stale: Cell<bool>,
     /// `None` for a file that cannot be written: opened read-only.
     gate: Option<G>,
 }
@@ -39,7 +47,8 @@ pub struct Driver<G> {
 impl<G: Gate> Driver<G> {
     /// A file just opened, holding nothing.
     pub fn new(policy: CheckpointPolicy, gate: Option<G>) -> Driver<G> {
-        Driver { state: Cell::new(State::new(policy)), gate }
+        let (snapshot, is_stale) = (Cell::new(0), Cell::new(false));
+        Driver { state: Cell::new(State::new(policy)), policy, snapshot, is_stale, gate }
     }
 
     /// The state now.
@@ -67,8 +76,20 @@ impl<G: Gate> Driver<G> {
         {
             return code;
         }
+        let before = self.state.get().level();
+        if let Some(gate) = self.gate.as_ref().filter(|_| to == LockLevel::Exclusive) {
+            gate.exclusive_begin();
+        }
         let is_shared = self.state.get().raises_to_exclusive(to) && around.others_use_shm();
         let code = if is_shared { rc::BUSY } else { real.x_lock(level) }; // L12
+        if let Some(gate) = &self.gate {
+            let is_refused = rc::primary(code) == rc::BUSY;
+            match to {
+                LockLevel::Exclusive => gate.exclusive_end(is_refused && before >= LockLevel::Reserved),
+                LockLevel::Shared if is_refused => gate.shared_refused(),
+                _ => {}
+            }
+        }
         let (after, _) = self.state.get().lock_done(to, reply(code), || around.shm_exists());
         self.settle(after);
         code
@@ -81,12 +102,17 @@ impl<G: Gate> Driver<G> {
         let Some(to) = LockLevel::from_raw(level) else {
             return code; // X1
         };
-        let (after, _) = self.state.get().unlock_done(to, reply(code), || real.lock_state());
+        let before = self.state.get();
+        let (after, _) = before.unlock_done(to, reply(code), || real.lock_state());
         self.settle(after);
+        // Not after a refused SHARED, which SQLite follows up with this call, too.
+        if to == LockLevel::None && before.level() > LockLevel::None {
+            self.transaction_over();
+        }
         code
     }
 
-    /// `xShmLock`: rows S1–S6, K1, K2, M1 and the reset guard, G1–G4.
+    /// `xShmLock`: rows S1–S6, K1–K3, M1 and the reset guard, G1–G4.
     #[inline]
     pub fn x_shm_lock(
         &self,
@@ -99,17 +125,69 @@ impl<G: Gate> Driver<G> {
         let Some(request) = ShmRequest::from_raw(offset, count, flags) else {
             return real.x_shm_lock(offset, count, flags); // X1
         };
-        if let Err(code) = self.admit(real, around, self.state.get().ask_shm(request), false) {
-            return code;
+        if request == ShmRequest::LockExclusive(ShmSlots::CKPT) && self.policy == CheckpointPolicy::Auto {
+            self.set_policy(if around.wal_size() > LONG_WAL {
+                CheckpointPolicy::Gate
+            } else {
+                CheckpointPolicy::Free
+            });
+        }
+        let ask = self.state.get().ask_shm(request);
+        match self.admit(real, around, ask, false) {
+            // K3: it has waited long enough. Without the gate it cannot finish while others write, but it is correct.
+            Err(rc::BUSY) if ask == Ask::AwaitGate && self.policy == CheckpointPolicy::Auto => {
+                self.set_policy(CheckpointPolicy::Free);
+            }
+            Err(code) => return code,
+            Ok(()) => {}
         }
         let code = real.x_shm_lock(offset, count, flags);
         let (after, row) = self.state.get().shm_done(request, reply(code));
+        if code == rc::OK {
+            self.watch_snapshot(request, around);
+        }
         if matches!(row, Row::G2 | Row::G4) {
             // If this fails, CKPT stays ours until xShmUnmap: nobody checkpoints, and nothing is lost.
             let _ = real.unlock_ckpt();
         }
         self.settle(after);
+        if matches!(request, ShmRequest::Unlock(slots) if slots.intersects(ShmSlots::READS)) {
+            self.transaction_over();
+        }
         code
+    }
+
+    /// Policy `auto` is one of the two others, from one checkpoint to the next.
+    fn set_policy(&self, policy: CheckpointPolicy) {
+        self.state.set(self.state.get().with_policy(policy));
+    }
+
+    /// "If another connection has written to the database file since the time the read transaction on this connection was
+    /// started, then this write is disallowed" (`sqlite3WalBeginWriteTransaction`, wal.c): WRITE is won, and given back at
+    /// once. SQLite then waits as if it had been refused, and wants the gate.
+    #[inline]
+    fn watch_snapshot(&self, request: ShmRequest, around: &impl Surroundings) {
+        match request {
+            ShmRequest::LockShared(_) => self.snapshot.set(around.wal_changes()),
+            ShmRequest::LockExclusive(slots) if slots.intersects(ShmSlots::WRITE) => {
+                self.is_stale.set(around.wal_changes() != self.snapshot.get());
+            }
+            ShmRequest::Unlock(slots)
+                if slots.intersects(ShmSlots::WRITE) && self.is_stale.replace(false) =>
+            {
+                if let Some(gate) = &self.gate {
+                    gate.wanted_in_vain();
+                }
+            }
+            _ => {}
+        }
+    }
+
+    #[inline]
+    fn transaction_over(&self) {
+        if let Some(gate) = &self.gate {
+            gate.transaction_over();
+        }
     }
 
     /// `xShmUnmap`: row S7.

@@ -51,7 +51,6 @@ pub mod rc {
     pub const IOERR_CLOSE: c_int = 10 | (16 << 8);
     /// SQLITE_IOERR_SHMLOCK
     pub const IOERR_SHMLOCK: c_int = 10 | (20 << 8);
-
     /// SQLITE_IOERR_SHMMAP
     pub const IOERR_SHMMAP: c_int = 10 | (21 << 8);
 

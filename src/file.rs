@@ -30,7 +30,7 @@ use crate::lock::Surroundings;
 use crate::ofd;
 use crate::options::FileOptions;
 use crate::place::{Names, Place, Purpose};
-use crate::real::RealFile;
+use crate::real::{RealFile, WalIndex};
 use crate::shim::Shim;
 use crate::sys::{self, ErrnoGuard, FileId};
 
@@ -88,7 +88,7 @@ impl OpenFile {
         options: FileOptions,
         writable: bool,
     ) -> Result<OpenFile, String> {
-        let gate = writable.then(|| LockFile::new(shim.host, database, options.fallback));
+        let gate = writable.then(|| LockFile::new(shim.host, database, options.fallback, options.waiting));
         let names = Names {
             database: database.to_owned(),
             wal: with_suffix(database, "-wal"),
@@ -223,6 +223,15 @@ impl Surroundings for OpenFile {
 
     fn doubt_places(&self) {
         self.place.doubt();
+    }
+
+    #[inline]
+    fn wal_changes(&self) -> u32 {
+        self.place.wal_index().map_or(0, WalIndex::changes)
+    }
+
+    fn wal_size(&self) -> u64 {
+        self.place.wal_index().and_then(WalIndex::wal_size).unwrap_or(0)
     }
 }
 

@@ -12,7 +12,9 @@
 //!   closed, the new file opened and locked.
 //! - No lock file, no write: if the gate cannot be had for any reason but "refused", the write lock fails with
 //!   an error that says what to do. `kanbanlock_fallback=unlocked` is the only way around, and it is logged.
-//! - Only LOCK_NB: nothing here waits for another process, but for the bounded [`Gate::await_acquire`].
+//! - Only LOCK_NB: nothing here waits for another process, but for the bounded [`Gate::await_acquire`]. Waiting is for
+//!   xSleep (`wait.rs`), when SQLite holds no lock; here a refusal leaves the note that it needs.
+//! - While others wait, the queue (`queue.rs`) says who may try the flock. Without it: whoever comes.
 //! - errno is left as it was found.
 //!
 //! ## Cost
@@ -23,7 +25,7 @@
 //! exclude each other, and a `close()` elsewhere in the process does not cancel it, unlike the POSIX locks
 //! beneath SQLite.
 //!
-//! Uses: `fork`, `host`, `sys`, `stats`, `error`.
+//! Uses: `wait`, `hint`, `queue`, `fork`, `host`, `sys`, `stats`, `error`.
 
 use std::cell::{Cell, RefCell};
 use std::ffi::{CStr, CString, OsStr, c_int};
@@ -31,13 +33,17 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
-use std::time::{Duration, Instant};
+use std::sync::Arc;
+use std::time::Duration;
 
 use crate::error::rc;
 use crate::fork;
+use crate::hint::{self, NoBoard};
 use crate::host::Host;
+use crate::queue::{Micros, Seat};
 use crate::stats;
 use crate::sys::{self, Attributes, Create, ErrnoGuard, FileId, Tick};
+use crate::wait::{self, ConnectionSeat, Want};
 
 /// A lock that is held by at most one open database file in the world.
 ///
@@ -49,6 +55,17 @@ pub trait Gate {
     fn await_acquire(&self) -> Result<bool, c_int>;
     /// Releases. Cannot fail, and does nothing if the gate is not held.
     fn release(&self);
+    /// The connection has given up its last lock of a transaction: now the next in the queue may run.
+    fn transaction_over(&self);
+    /// xLock SHARED was refused, since another connection writes.
+    fn shared_refused(&self);
+    /// xLock EXCLUSIVE is about to be forwarded.
+    fn exclusive_begin(&self);
+    /// … and was granted, or was refused since others read.
+    fn exclusive_end(&self, is_refused: bool);
+    /// The connection has had the gate and given it back without having written, for it came too late: it will wait, and
+    /// wants the gate again.
+    fn wanted_in_vain(&self);
     /// True between a successful acquire and the release.
     fn is_held(&self) -> bool;
 }
@@ -65,10 +82,29 @@ pub enum Fallback {
     Unlocked,
 }
 
+/// How a connection waits, and lets others wait, in microseconds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Waiting {
+    /// How long it may go on acquiring the gate while others wait. URI parameter `kanbanlock_slice_us`.
+    pub slice: Micros,
+    /// A wait that is longer is worth a line in the log; 0: none is. URI parameter `kanbanlock_warn_ms`.
+    pub warn_after: Micros,
+}
+
+impl Default for Waiting {
+    fn default() -> Waiting {
+        Waiting { slice: 1_000, warn_after: 2_000_000 }
+    }
+}
+
 /// How long a checkpoint under `kanbanlock_checkpoint=gate` waits for the gate before it is skipped.
-const CHECKPOINT_WAIT: Duration = Duration::from_millis(500);
-/// How often it looks meanwhile.
+const CHECKPOINT_WAIT: Micros = 500_000;
+/// How often it looks meanwhile, without a queue.
 const CHECKPOINT_POLL: Duration = Duration::from_micros(500);
+/// How long a connection goes without a queue that it could not have, before it tries again.
+const NO_QUEUE_RETRY: Micros = 1_000_000;
+/// A refusal so long after the last one belongs to another wait: SQLite sleeps at most 100 ms in between.
+const SAME_WAIT: Micros = 1_000_000;
 /// How often in a row a lock file may be replaced under us before the write is refused.
 const REPLACED_LIMIT: usize = 8;
 /// After how many refusals in a row the holder is looked up, once per connection (`/proc/locks`).
@@ -82,8 +118,22 @@ pub struct LockFile {
     path: CString,
     fallback: Fallback,
     descriptor: RefCell<Option<Descriptor>>,
+    /// At the queue, once somebody has waited.
+    seat: RefCell<Option<Arc<ConnectionSeat>>>,
+    /// How long this connection may go on while others wait.
+    slice: Micros,
+    /// [`Seat::wants_exclusive`]
+    leaves: Cell<u32>,
+    no_queue_until: Cell<Micros>,
+    has_warned_no_queue: Cell<bool>,
     held: Cell<bool>,
+    /// How many in a row, and since when.
     refusals: Cell<u32>,
+    waits_since: Cell<Micros>,
+    refused_at: Cell<Micros>,
+    /// A wait that is longer is worth a line in the log; 0: none is.
+    warn_after: Micros,
+    has_named_holder: Cell<bool>,
     has_warned_unlocked: Cell<bool>,
     has_warned_self_deadlock: Cell<bool>,
     /// The `fork::generation` that this belongs to.
@@ -113,15 +163,24 @@ struct Failure {
 
 impl LockFile {
     /// The gate of `database`, a path as xOpen got it. Opens nothing yet.
-    pub fn new(host: Host, database: &CStr, fallback: Fallback) -> LockFile {
+    pub fn new(host: Host, database: &CStr, fallback: Fallback, waiting: Waiting) -> LockFile {
         LockFile {
             host,
             database: database.to_owned(),
             path: with_suffix(database, ".lock"),
             fallback,
             descriptor: RefCell::new(None),
+            seat: RefCell::new(None),
+            slice: waiting.slice,
+            leaves: Cell::new(0),
+            no_queue_until: Cell::new(0),
+            has_warned_no_queue: Cell::new(false),
             held: Cell::new(false),
             refusals: Cell::new(0),
+            waits_since: Cell::new(0),
+            refused_at: Cell::new(0),
+            warn_after: waiting.warn_after,
+            has_named_holder: Cell::new(false),
             has_warned_unlocked: Cell::new(false),
             has_warned_self_deadlock: Cell::new(false),
             generation: fork::generation(),
@@ -133,8 +192,9 @@ impl LockFile {
         as_path(&self.path)
     }
 
+    /// Tries the flock, and makes sure that it is the right one.
     #[inline]
-    fn acquire(&self) -> Result<bool, Failure> {
+    fn try_flock(&self) -> Result<bool, Failure> {
         let mut slot = self.descriptor.borrow_mut();
         for _ in 0..REPLACED_LIMIT {
             let descriptor = match &mut *slot {
@@ -199,7 +259,89 @@ impl LockFile {
                 Err(error) => return Err(error),
             };
         descriptor.checked = is_in_place.then_some(Checked { at: now, changed: attributes.changed });
+        if is_in_place {
+            self.check_seat(descriptor.id, false);
+        }
         Ok(is_in_place)
+    }
+
+    /// Sits down at the queue, if there is one or `may_create`; moves if it has moved.
+    fn check_seat(&self, lock_file: FileId, may_create: bool) {
+        let mut seat = self.seat.borrow_mut();
+        if seat.as_ref().is_some_and(|seat| seat.board().0.is_current()) {
+            return;
+        }
+        let now = sys::micros();
+        if now < self.no_queue_until.get() {
+            return;
+        }
+        match hint::find(&self.path, lock_file, may_create) {
+            Ok(hint) => *seat = Some(Arc::new(Seat::new(hint, self.slice))),
+            Err(NoBoard::Nobody) => *seat = None,
+            Err(NoBoard::Because(reason)) => {
+                *seat = None;
+                self.no_queue_until.set(now + NO_QUEUE_RETRY);
+                if !self.has_warned_no_queue.replace(true) {
+                    self.host.log(
+                        rc::WARNING,
+                        &format!(
+                            "kanbanlock: no fair queue: {}-queue: {reason}. Waiting connections of this process try \
+                             again and again instead, in no order",
+                            self.path().display()
+                        ),
+                    );
+                }
+            }
+        }
+    }
+
+    /// Tries to acquire; `Ok(false)`: refused.
+    #[inline]
+    fn acquire(&self) -> Result<bool, Failure> {
+        let is_alone = self.seat.borrow().as_ref().is_none_or(|seat| seat.is_alone());
+        if is_alone && self.try_flock()? {
+            if let Some(seat) = &*self.seat.borrow() {
+                seat.holds(sys::tick().micros());
+            }
+            return Ok(true);
+        }
+        self.acquire_contended(is_alone)
+    }
+
+    /// The seat at the queue; if there is no queue yet, now there is.
+    fn seat_or_new(&self) -> Option<Arc<ConnectionSeat>> {
+        if self.seat.borrow().is_none() {
+            // A reader that has to wait has not opened the lock file.
+            let opened = self.descriptor.borrow().as_ref().map(|descriptor| descriptor.id);
+            let lock_file = opened.or_else(|| sys::lstat(&self.path).ok().map(|there| there.id))?;
+            self.check_seat(lock_file, true);
+        }
+        self.seat.borrow().clone()
+    }
+
+    /// As the queue allows. `is_refused`: the flock has just been.
+    #[inline(never)]
+    fn acquire_contended(&self, is_refused: bool) -> Result<bool, Failure> {
+        let Some(seat) = self.seat_or_new() else {
+            return if is_refused { Ok(false) } else { self.try_flock() };
+        };
+        let now = sys::micros();
+        seat.asks(now);
+        let mut seen = seat.releases();
+        // Again after a first refusal: whoever released the gate meanwhile may not have seen that we wait.
+        for _ in 0..2 {
+            if seat.may_try(now) && self.try_flock()? {
+                seat.acquired(now);
+                wait::over();
+                return Ok(true);
+            }
+            if !seat.waits(now) {
+                break;
+            }
+            seen = seat.releases();
+        }
+        wait::refused(&seat, Want::Gate, seen, now);
+        Ok(false)
     }
 
     fn open(&self) -> Result<Descriptor, Failure> {
@@ -259,6 +401,10 @@ impl LockFile {
         let Some(Descriptor { fd, .. }) = descriptor.as_ref() else {
             return; // granted without a lock file (Fallback::Unlocked)
         };
+        let seat = self.seat.borrow();
+        if let Some(seat) = &*seat {
+            seat.releases_now();
+        }
         if let Err(error) = sys::flock_unlock(fd.as_fd()) {
             self.host.log(
                 rc::WARNING,
@@ -266,6 +412,9 @@ impl LockFile {
             );
             // "the lock is released … when all such file descriptors have been closed", flock(2).
             close(&mut descriptor);
+        }
+        if let Some(seat) = seat.as_ref().filter(|seat| !seat.is_alone()) {
+            seat.released(sys::micros());
         }
     }
 
@@ -279,22 +428,34 @@ impl LockFile {
 
     fn refused(&self) -> bool {
         stats::REFUSED.increment();
+        let now = sys::micros();
+        if self.refusals.get() == 0 || now.saturating_sub(self.refused_at.replace(now)) > SAME_WAIT {
+            self.refusals.set(0);
+            self.refused_at.set(now);
+            self.waits_since.set(now);
+            self.has_named_holder.set(false);
+        }
         self.refusals.set(self.refusals.get().saturating_add(1));
+        let waited = now.saturating_sub(self.waits_since.get());
         if self.refusals.get() >= SELF_DEADLOCK_REFUSALS && !self.has_warned_self_deadlock.get() {
             self.warn_if_self_deadlocked();
+        }
+        if waited >= self.warn_after && self.warn_after != 0 && !self.has_named_holder.replace(true) {
+            self.name_holder(waited);
         }
         false
     }
 
     /// One process that wraps its own flock around a kanbanlock connection waits for itself.
     fn warn_if_self_deadlocked(&self) {
-        let before = stats::snapshot().held;
         let descriptor = self.descriptor.borrow();
         let Some(Descriptor { id, .. }) = *descriptor else { return };
-        let is_own_process = flock_holder(id) == Some(std::process::id());
-        // Held by this process, but by none of its kanbanlock connections: then by the application.
-        if is_own_process && before == 0 && stats::snapshot().held == 0 {
+        // Held by this process, but by none of its kanbanlock connections: then by the application. Twice, since a waiting
+        // connection tries the flock for a moment (`Hint::is_free`).
+        let is_own = || flock_holder(id) == Some(std::process::id()) && stats::snapshot().held == 0;
+        if is_own() && is_own() {
             self.has_warned_self_deadlock.set(true);
+            self.has_named_holder.set(true);
             self.host.log(
                 rc::WARNING,
                 &format!(
@@ -305,6 +466,34 @@ impl LockFile {
                     self.path().display()
                 ),
             );
+        }
+    }
+
+    /// Says in the log whom a long wait is for.
+    fn name_holder(&self, waited: Micros) {
+        let descriptor = self.descriptor.borrow();
+        let Some(Descriptor { id, .. }) = *descriptor else { return };
+        let holder = match flock_holder(id) {
+            Some(pid) => format!("held by process {pid} ({}){}", command_line(pid), self.held_for(pid)),
+            None => "not held at this moment, or by a process that cannot be seen from here".to_owned(),
+        };
+        self.host.log(
+            rc::WARNING,
+            &format!(
+                "kanbanlock: waiting for {} for {} ms; it is {holder}",
+                self.path().display(),
+                waited / 1000
+            ),
+        );
+    }
+
+    /// Since when, if that process has said so on the board.
+    fn held_for(&self, pid: u32) -> String {
+        let seat = self.seat.borrow();
+        let holder = seat.as_ref().and_then(|seat| seat.holder());
+        match holder.filter(|(known, _)| *known == pid) {
+            Some((_, since)) => format!(" for {} ms", sys::micros().saturating_sub(since) / 1000),
+            None => String::new(),
         }
     }
 
@@ -419,20 +608,75 @@ impl Gate for LockFile {
     }
 
     fn await_acquire(&self) -> Result<bool, c_int> {
-        let start = Instant::now();
-        while !self.try_acquire()? {
-            if start.elapsed() >= CHECKPOINT_WAIT {
+        let end = sys::micros() + CHECKPOINT_WAIT;
+        loop {
+            let seen = self.seat.borrow().as_ref().map_or(0, |seat| seat.releases());
+            if self.try_acquire()? {
+                return Ok(true);
+            }
+            let left = end.saturating_sub(sys::micros());
+            let seat = self.seat.borrow().clone();
+            if left == 0 {
+                wait::over();
+                if let Some(seat) = seat {
+                    seat.leave();
+                }
                 return Ok(false);
             }
-            std::thread::sleep(CHECKPOINT_POLL);
+            match seat {
+                Some(seat) => drop(seat.wait(left, seen, || seat.board().0.is_free())),
+                None => std::thread::sleep(CHECKPOINT_POLL),
+            }
         }
-        Ok(true)
     }
 
     #[inline(always)]
     fn release(&self) {
         if self.held.get() {
             self.release_held();
+        }
+    }
+
+    #[inline(never)]
+    fn wanted_in_vain(&self) {
+        let _errno = ErrnoGuard::new();
+        if let Some(seat) = self.seat_or_new() {
+            // Whatever was released since then was not waited for: have a look at once.
+            wait::refused(&seat, Want::Gate, seat.releases().wrapping_sub(1), sys::micros());
+        }
+    }
+
+    #[inline]
+    fn transaction_over(&self) {
+        if let Some(seat) = &*self.seat.borrow() {
+            seat.transaction_over(sys::micros);
+        }
+    }
+
+    #[inline(never)]
+    fn shared_refused(&self) {
+        let _errno = ErrnoGuard::new();
+        let Some(seat) = self.seat_or_new() else { return };
+        // A writer will want the gate next, so it waits for that; many readers can go on at once.
+        seat.unreserve();
+        let what = if seat.is_writer() { Want::Gate } else { Want::Release };
+        wait::refused(&seat, what, seat.releases().wrapping_sub(u32::from(seat.is_writer())), sys::micros());
+    }
+
+    #[inline]
+    fn exclusive_begin(&self) {
+        if let Some(seat) = &*self.seat.borrow() {
+            self.leaves.set(seat.wants_exclusive());
+        }
+    }
+
+    #[inline]
+    fn exclusive_end(&self, is_refused: bool) {
+        let Some(seat) = &*self.seat.borrow() else { return };
+        if is_refused {
+            wait::refused(seat, Want::Exclusive, self.leaves.get(), sys::micros());
+        } else {
+            seat.exclusive_over();
         }
     }
 
@@ -464,6 +708,17 @@ fn close(descriptor: &mut Option<Descriptor>) {
 fn flock_holder(id: FileId) -> Option<u32> {
     let locks = std::fs::read_to_string("/proc/locks").ok()?;
     parse_flock_holder(&locks, id)
+}
+
+/// What a process was started with, for a message: `/proc/PID/cmdline`. proc(5)
+fn command_line(pid: u32) -> String {
+    let arguments = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+    let line = String::from_utf8_lossy(&arguments).replace('\0', " ");
+    match line.trim().char_indices().nth(100) {
+        Some((end, _)) => format!("{}…", &line[..end]),
+        None if line.trim().is_empty() => "its command line cannot be read".to_owned(),
+        None => line.trim().to_owned(),
+    }
 }
 
 /// A line of `/proc/locks`: `1: FLOCK  ADVISORY  WRITE 4711 fe:00:131 0 EOF`.

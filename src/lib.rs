@@ -30,9 +30,11 @@
 //!
 //! | URI parameter | values | meaning |
 //! |---|---|---|
-//! | `kanbanlock_checkpoint` | `free` (default), `gate` | [`CheckpointPolicy`] |
+//! | `kanbanlock_checkpoint` | `auto` (default), `free`, `gate` | [`CheckpointPolicy`] |
 //! | `kanbanlock_fallback` | `refuse` (default), `unlocked` | [`Fallback`] |
 //! | `kanbanlock_close_proof` | `on` (default), `off` | [`Options::close_proof`] |
+//! | `kanbanlock_slice_us` | 0 to 100000 (default 1000) | [`Options::slice`] |
+//! | `kanbanlock_warn_ms` | 0 to 4294967295 (default 2000; 0: never) | [`Options::warn_after`] |
 //!
 //! An unknown `kanbanlock_…` parameter or value fails the open with SQLITE_CANTOPEN, and a line in SQLite's
 //! error log names it. Every refusal and warning of the shim goes to that log:
@@ -57,12 +59,14 @@ pub mod ffi;
 mod file;
 mod fork;
 mod gate;
+mod hint;
 mod host;
 mod io;
 mod lock;
 mod ofd;
 mod options;
 mod place;
+mod queue;
 mod real;
 mod register;
 mod shim;
@@ -70,6 +74,7 @@ mod state;
 mod stats;
 mod sys;
 mod vfs;
+mod wait;
 
 #[cfg(test)]
 mod tests;

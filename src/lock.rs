@@ -202,6 +202,10 @@ pub trait Surroundings {
     ///
     /// The result code to answer, already logged.
     fn check_places(&self, to_exclusive: bool) -> Result<(), c_int>;
+    /// How many transactions the wal-index has seen, modulo 2^32; 0 without one.
+    fn wal_changes(&self) -> u32;
+    /// The size of the WAL up to its last committed frame, in bytes; 0 without one.
+    fn wal_size(&self) -> u64;
     /// The gate was refused: what was known of the files' places is not known any more.
     fn doubt_places(&self);
 }

@@ -4,11 +4,13 @@
 //! `kanbanlock_…` parameter must be known and its value valid: a misspelt safety option that is ignored is
 //! worse than a database that does not open.
 //!
-//! Uses: `state` and `gate` (the option types live with the code that obeys them).
+//! Uses: `state`, `gate` and `queue` (the option types live with the code that obeys them).
 
 use std::ffi::CStr;
+use std::time::Duration;
 
-use crate::gate::Fallback;
+use crate::gate::{Fallback, Waiting};
+use crate::queue::Micros;
 use crate::state::CheckpointPolicy;
 
 /// The options of one database file.
@@ -20,15 +22,22 @@ pub struct FileOptions {
     pub fallback: Fallback,
     /// `kanbanlock_close_proof`; `None`: as the registration says, [`Options::close_proof`].
     pub close_proof: Option<bool>,
+    /// `kanbanlock_slice_us`, `kanbanlock_warn_ms`
+    pub waiting: Waiting,
 }
+
+/// A longer slice would be no queue any more.
+const LONGEST_SLICE: Micros = 100_000;
 
 /// What every URI parameter of ours starts with.
 pub const PREFIX: &str = "kanbanlock_";
 const CHECKPOINT: &CStr = c"kanbanlock_checkpoint";
 const FALLBACK: &CStr = c"kanbanlock_fallback";
 const CLOSE_PROOF: &CStr = c"kanbanlock_close_proof";
+const SLICE_US: &CStr = c"kanbanlock_slice_us";
+const WARN_MS: &CStr = c"kanbanlock_warn_ms";
 /// All of them.
-pub const PARAMETERS: [&CStr; 3] = [CHECKPOINT, FALLBACK, CLOSE_PROOF];
+pub const PARAMETERS: [&CStr; 5] = [CHECKPOINT, FALLBACK, CLOSE_PROOF, SLICE_US, WARN_MS];
 
 impl FileOptions {
     /// These options, overridden by URI parameters. Parameters without our prefix are others' business.
@@ -43,6 +52,8 @@ impl FileOptions {
                 Some("checkpoint") => self.checkpoint = parse_checkpoint(value)?,
                 Some("fallback") => self.fallback = parse_fallback(value)?,
                 Some("close_proof") => self.close_proof = Some(parse_close_proof(value)?),
+                Some("slice_us") => self.waiting.slice = parse_slice(value)?,
+                Some("warn_ms") => self.waiting.warn_after = parse_warn(value)?,
                 Some(_) => {
                     let known = PARAMETERS.map(CStr::to_string_lossy).join(", ");
                     return Err(format!("unknown URI parameter {key:?}; the known ones are {known}"));
@@ -55,9 +66,10 @@ impl FileOptions {
 
 fn parse_checkpoint(value: &str) -> Result<CheckpointPolicy, String> {
     match value {
+        "auto" => Ok(CheckpointPolicy::Auto),
         "free" => Ok(CheckpointPolicy::Free),
         "gate" => Ok(CheckpointPolicy::Gate),
-        _ => Err(invalid(CHECKPOINT, value, "free, gate")),
+        _ => Err(invalid(CHECKPOINT, value, "auto, free, gate")),
     }
 }
 
@@ -77,6 +89,21 @@ fn parse_close_proof(value: &str) -> Result<bool, String> {
     }
 }
 
+fn parse_slice(value: &str) -> Result<Micros, String> {
+    match value.parse() {
+        Ok(slice) if slice <= LONGEST_SLICE => Ok(slice),
+        _ => Err(invalid(SLICE_US, value, &format!("0 to {LONGEST_SLICE} (microseconds)"))),
+    }
+}
+
+fn parse_warn(value: &str) -> Result<Micros, String> {
+    let milliseconds: Result<u32, _> = value.parse();
+    match milliseconds {
+        Ok(milliseconds) => Ok(Micros::from(milliseconds) * 1000),
+        Err(_) => Err(invalid(WARN_MS, value, "0 (never) to 4294967295 (milliseconds)")),
+    }
+}
+
 fn invalid(key: &CStr, value: &str, valid: &str) -> String {
     format!("invalid value {value:?} of URI parameter {}; the valid ones are {valid}", key.to_string_lossy())
 }
@@ -85,6 +112,7 @@ impl CheckpointPolicy {
     /// As in the URI.
     pub fn as_str(self) -> &'static str {
         match self {
+            CheckpointPolicy::Auto => "auto",
             CheckpointPolicy::Free => "free",
             CheckpointPolicy::Gate => "gate",
         }
@@ -192,6 +220,23 @@ impl Options {
         self
     }
 
+    /// How long a connection that writes in a tight loop may go on while others wait, where the URI does not say; at most
+    /// 100 ms. Default: 1 ms. A longer slice is more throughput, and as much longer a wait for each of the others.
+    #[must_use]
+    pub fn slice(mut self, slice: Duration) -> Options {
+        self.file.waiting.slice =
+            Micros::try_from(slice.as_micros()).unwrap_or(Micros::MAX).min(LONGEST_SLICE);
+        self
+    }
+
+    /// How long a connection waits for the flock before a line in the log says who holds it, where the URI does not say; zero:
+    /// it does not. Default: 2 s.
+    #[must_use]
+    pub fn warn_after(mut self, wait: Duration) -> Options {
+        self.file.waiting.warn_after = Micros::try_from(wait.as_micros()).unwrap_or(Micros::MAX);
+        self
+    }
+
     /// What to do without a usable lock file, where the URI does not say.
     #[must_use]
     pub fn fallback(mut self, fallback: Fallback) -> Options {
@@ -219,19 +264,22 @@ mod tests {
             parse(&[
                 ("kanbanlock_checkpoint", "gate"),
                 ("kanbanlock_fallback", "unlocked"),
-                ("kanbanlock_close_proof", "off")
+                ("kanbanlock_close_proof", "off"),
+                ("kanbanlock_slice_us", "0"),
+                ("kanbanlock_warn_ms", "3"),
             ]),
             Ok(FileOptions {
                 checkpoint: CheckpointPolicy::Gate,
                 fallback: Fallback::Unlocked,
-                close_proof: Some(false)
+                close_proof: Some(false),
+                waiting: Waiting { slice: 0, warn_after: 3000 },
             })
         );
     }
 
     #[test]
     fn each_valid_value_round_trips() {
-        for policy in [CheckpointPolicy::Free, CheckpointPolicy::Gate] {
+        for policy in [CheckpointPolicy::Auto, CheckpointPolicy::Free, CheckpointPolicy::Gate] {
             assert_eq!(parse_checkpoint(policy.as_str()), Ok(policy));
         }
         for fallback in [Fallback::Refuse, Fallback::Unlocked] {
@@ -248,7 +296,14 @@ mod tests {
             "{error}"
         );
         let error = parse(&[("kanbanlock_checkpoint", "sometimes")]).unwrap_err();
-        assert!(error.contains("sometimes") && error.contains("free, gate"), "{error}");
+        assert!(error.contains("sometimes") && error.contains("auto, free, gate"), "{error}");
+        for wrong in ["", "-1", "100001", "1ms"] {
+            let error = parse(&[("kanbanlock_slice_us", wrong)]).unwrap_err();
+            assert!(error.contains("0 to 100000 (microseconds)"), "{error}");
+        }
+        for wrong in ["", "-1", "1.5"] {
+            assert!(parse(&[("kanbanlock_warn_ms", wrong)]).is_err(), "{wrong}");
+        }
         let error = parse(&[("kanbanlock_fallback", "")]).unwrap_err();
         assert!(error.contains("refuse, unlocked"), "{error}");
         let error = parse(&[("kanbanlock_close_proof", "yes")]).unwrap_err();

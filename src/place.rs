@@ -162,6 +162,12 @@ impl Place {
         self.mapped.get().is_some()
     }
 
+    /// What is mapped of it.
+    #[inline]
+    pub fn wal_index(&self) -> Option<WalIndex> {
+        self.wal_index.get()
+    }
+
     /// The `-shm` that is mapped.
     pub fn shm(&self) -> Option<FileId> {
         self.mapped.get()?.shm

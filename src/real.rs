@@ -207,6 +207,13 @@ impl WalIndex {
         is_valid.then(|| 32 + u64::from(frames) * (24 + page_size))
     }
 
+    /// "iChange: a counter that is incremented with each transaction".
+    #[inline]
+    pub fn changes(self) -> u32 {
+        self.read(2)
+    }
+
+    #[inline]
     fn read(self, word: usize) -> u32 {
         // SAFETY: WalIndex::new: 48 bytes, of which `word` (0 to 4) is one of the first five words.
         let word = unsafe { self.0.add(word) };

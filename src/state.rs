@@ -53,6 +53,7 @@
 //! | S7 | any | xShmUnmap | – | any | `excl`, `shared` empty; release if level < RESERVED |
 //! | K1 | free | shm LOCK·EXCL of CKPT alone, policy `gate` | await, bounded (a slot held: try); refused → BUSY, real not called | OK | held |
 //! | K2 | free | same | taken | not OK | release |
+//! | K3 | free | shm LOCK·EXCL of CKPT alone, policy `auto` | WAL over 16 MB: as K1, but refused → as S5; else as S5 | any | as K1, K2 or S5 |
 //! | G1 | WRITE, no CKPT | shm LOCK·EXCL of READ(1)…READ(4) | real CKPT first; refused → BUSY, not forwarded | – | as before |
 //! | G2 | same | same | CKPT won | not OK | give CKPT back |
 //! | G3 | same | same | CKPT won | OK | `excl` grows, guarded |
@@ -75,8 +76,11 @@ use crate::lock::{LockLevel, ShmRequest, ShmSlots};
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum CheckpointPolicy {
-    /// `free` (default): passive checkpoints do not take the gate and run beside writers.
+    /// `auto` (default): a checkpoint takes the gate, after a bounded wait, when the WAL has grown over 16 MB; if it is
+    /// not to be had, it goes on without. Keeps the WAL of a saturated database bounded.
     #[default]
+    Auto,
+    /// `free`: passive checkpoints do not take the gate and run beside writers.
     Free,
     /// `gate`: every checkpoint takes the gate, after a bounded wait. Keeps a saturated WAL small, at
     /// the price of write throughput; while an outside `flock <db>.lock` is held nothing is copied into
@@ -169,6 +173,12 @@ impl State {
     #[inline]
     pub fn wants_gate(&self) -> bool {
         (self.level >= LockLevel::Reserved && !self.lent) || !self.gated.is_empty()
+    }
+
+    /// Row K3: what `auto` means for the next checkpoint.
+    #[must_use]
+    pub fn with_policy(self, policy: CheckpointPolicy) -> State {
+        State { policy, ..self }
     }
 
     /// The level that SQLite holds through this file.

@@ -1,8 +1,9 @@
-//! The system calls behind the lock file and the close-proof locks, as safe functions: open(2), stat(2), flock(2),
-//! fchmod(2), fchown(2), fcntl(2), clock_gettime(2), and what `/proc/self` tells of descriptors.
+//! The system calls behind the lock file, the queue and the close-proof locks, as safe functions: open(2), stat(2),
+//! flock(2), fchmod(2), fchown(2), fcntl(2), clock_gettime(2), memfd_create(2), mmap(2), futex(2), and what `/proc/self`
+//! tells of descriptors.
 //!
 //! Each function makes one call, retried on EINTR where the manual allows it, with the error as [`io::Error`]. What the
-//! errors mean is for `gate.rs` and `ofd.rs` to say.
+//! errors mean is for `gate.rs`, `hint.rs` and `ofd.rs` to say.
 //!
 //! [`ErrnoGuard`] keeps the promise of ARCHITECTURE.md ("errno"): SQLite's core asks `xGetLastError` after a
 //! failure, and must find the errno that the *real* VFS left, not one of ours.
@@ -13,6 +14,8 @@ use std::ffi::{CStr, c_int};
 use std::io;
 use std::mem::MaybeUninit;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::ptr::NonNull;
+use std::sync::atomic::AtomicU32;
 
 /// Restores errno, as it was when this was made, on drop.
 #[derive(Debug)]
@@ -51,6 +54,11 @@ pub struct FileId {
 }
 
 impl FileId {
+    /// Device and inode numbers.
+    pub fn numbers(&self) -> (u64, u64) {
+        (self.device, self.inode)
+    }
+
     /// From device and inode numbers.
     pub fn new(device: libc::dev_t, inode: libc::ino_t) -> FileId {
         FileId { device, inode }
@@ -215,6 +223,13 @@ fn flock(fd: BorrowedFd<'_>, operation: c_int) -> io::Result<()> {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Tick(libc::time_t, libc::c_long);
 
+impl Tick {
+    /// As [`micros`] counts.
+    pub fn micros(self) -> u64 {
+        self.0.unsigned_abs() * 1_000_000 + self.1.unsigned_abs() / 1000
+    }
+}
+
 /// clock_gettime(2), CLOCK_MONOTONIC_COARSE: "a faster but less precise version of CLOCK_MONOTONIC"; no system call
 /// where there is a vDSO.
 #[inline]
@@ -265,11 +280,21 @@ pub fn ofd_unlock_all(fd: BorrowedFd<'_>) -> io::Result<()> {
 ///
 /// Its number is 3 or more: a library that is careless with the standard descriptors must not write into a database.
 pub fn reopen(fd: BorrowedFd<'_>, access_mode: c_int) -> io::Result<OwnedFd> {
-    let path = format!("/proc/self/fd/{}\0", fd.as_raw_fd());
+    reopen_link(&format!("/proc/self/fd/{}\0", fd.as_raw_fd()), access_mode)
+}
+
+/// The same of descriptor `fd` of process `pid`, for reading and writing.
+pub fn reopen_of_process(pid: u32, fd: u32) -> io::Result<OwnedFd> {
+    reopen_link(&format!("/proc/{pid}/fd/{fd}\0"), libc::O_RDWR)
+}
+
+/// `link`: NUL-terminated.
+fn reopen_link(link: &str, access_mode: c_int) -> io::Result<OwnedFd> {
+    let link = CStr::from_bytes_with_nul(link.as_bytes()).map_err(io::Error::other)?;
     let flags = access_mode | libc::O_CLOEXEC | libc::O_NONBLOCK | libc::O_NOCTTY;
     let new = retry_eintr(|| {
-        // SAFETY: `path` is NUL-terminated and outlives the call; without O_CREAT there is no third argument.
-        unsafe { libc::open(path.as_ptr().cast(), flags) }
+        // SAFETY: `link` is NUL-terminated and outlives the call; without O_CREAT there is no third argument.
+        unsafe { libc::open(link.as_ptr(), flags) }
     })?;
     // SAFETY: open(2) has just returned this descriptor, so it is open and nobody else's to close.
     let new = unsafe { OwnedFd::from_raw_fd(new) };
@@ -320,6 +345,86 @@ pub fn holds_posix_locks(fd: RawFd) -> bool {
 pub fn path_of(fd: BorrowedFd<'_>) -> std::path::PathBuf {
     let link = format!("/proc/self/fd/{}", fd.as_raw_fd());
     std::fs::read_link(&link).unwrap_or_else(|_| link.into())
+}
+
+/// Microseconds since some moment that is the same for all processes since this machine started: clock_gettime(2),
+/// CLOCK_MONOTONIC, "not affected by discontinuous jumps in the system time". No system call where there is a vDSO.
+#[inline]
+pub fn micros() -> u64 {
+    let mut now = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: a clock that every Linux has, and a place for its answer. (It cannot fail; zeros would make every lease
+    // look expired, and the queue a polling one.)
+    unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &raw mut now) };
+    // Both are positive: time since the machine started.
+    now.tv_sec.unsigned_abs() * 1_000_000 + now.tv_nsec.unsigned_abs() / 1000
+}
+
+/// Sleeps while `*word == expected`, for at most `micros`: futex(2), FUTEX_WAIT on a word in shared memory. Returns after a
+/// wake, a changed word, a signal or the time, and does not say which. The timeout is "a relative timeout", measured on
+/// CLOCK_MONOTONIC.
+pub fn futex_wait(word: &AtomicU32, expected: u32, micros: u64) {
+    let seconds = libc::time_t::try_from(micros / 1_000_000).unwrap_or(libc::time_t::MAX);
+    let nanoseconds = libc::c_long::try_from(micros % 1_000_000 * 1000).unwrap_or(0);
+    let timeout = libc::timespec { tv_sec: seconds, tv_nsec: nanoseconds };
+    // SAFETY: `word` is a valid, aligned word for the whole call, `timeout` a valid structure; the other arguments are
+    // integers. Without FUTEX_PRIVATE_FLAG it works between processes.
+    unsafe { libc::syscall(libc::SYS_futex, word.as_ptr(), libc::FUTEX_WAIT, expected, &raw const timeout) };
+}
+
+/// Wakes at most `count` of those that sleep on `word`: futex(2), FUTEX_WAKE.
+pub fn futex_wake(word: &AtomicU32, count: c_int) {
+    // SAFETY: `word` is a valid, aligned word; the other arguments are integers.
+    unsafe { libc::syscall(libc::SYS_futex, word.as_ptr(), libc::FUTEX_WAKE, count) };
+}
+
+const SEALS: c_int = libc::F_SEAL_SHRINK | libc::F_SEAL_GROW | libc::F_SEAL_SEAL;
+
+/// A new memory file of `size` zero bytes that nobody can resize: memfd_create(2), ftruncate(2), and fcntl(2),
+/// F_ADD_SEALS. F_SEAL_SHRINK: "If this seal is set, the file in question cannot be reduced in size": so memory mapped
+/// from it cannot raise SIGBUS.
+pub fn sealed_memory(name: &CStr, size: usize) -> io::Result<OwnedFd> {
+    // SAFETY: `name` is NUL-terminated.
+    let fd = unsafe { libc::memfd_create(name.as_ptr(), libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING) };
+    check(fd)?;
+    // SAFETY: memfd_create(2) has just returned this descriptor.
+    let fd = unsafe { OwnedFd::from_raw_fd(fd) };
+    let size = libc::off_t::try_from(size).map_err(|_| io::Error::from(io::ErrorKind::InvalidInput))?;
+    // SAFETY: `fd` is open; ftruncate takes an integer.
+    check(unsafe { libc::ftruncate(fd.as_raw_fd(), size) })?;
+    // SAFETY: `fd` is open; F_ADD_SEALS takes an int.
+    check(unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_ADD_SEALS, SEALS) })?;
+    Ok(fd)
+}
+
+/// True if `fd` is a memory file that [`sealed_memory`] made with this size: fcntl(2), F_GET_SEALS, and fstat(2).
+pub fn is_sealed_memory(fd: BorrowedFd<'_>, size: usize) -> bool {
+    // SAFETY: `fd` is borrowed, hence open; F_GET_SEALS takes no argument. ("EINVAL … fd refers to a file that does not
+    // support sealing": -1, all bits.)
+    let seals = unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_GET_SEALS) };
+    let is_sealed = seals != -1 && seals & SEALS == SEALS;
+    is_sealed && fstat(fd).is_ok_and(|attributes| usize::try_from(attributes.size) == Ok(size))
+}
+
+/// Maps `size` bytes of `fd`, shared, for reading and writing: mmap(2). Never unmapped here.
+pub fn map_shared(fd: BorrowedFd<'_>, size: usize) -> io::Result<NonNull<u8>> {
+    let access = libc::PROT_READ | libc::PROT_WRITE;
+    // SAFETY: a new mapping at an address of the kernel's choice touches no memory that is in use.
+    let address =
+        unsafe { libc::mmap(std::ptr::null_mut(), size, access, libc::MAP_SHARED, fd.as_raw_fd(), 0) };
+    if address == libc::MAP_FAILED {
+        return Err(io::Error::last_os_error());
+    }
+    NonNull::new(address.cast()).ok_or_else(|| io::Error::from(io::ErrorKind::OutOfMemory))
+}
+
+/// munmap(2)
+///
+/// # Safety
+///
+/// `address` is what [`map_shared`] gave for `size` bytes, and nobody uses that memory any more.
+pub unsafe fn unmap(address: NonNull<u8>, size: usize) {
+    // SAFETY: as the caller says.
+    unsafe { libc::munmap(address.as_ptr().cast(), size) };
 }
 
 #[inline]

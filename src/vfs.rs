@@ -4,7 +4,7 @@
 //! *real* VFS as its first argument, `xSetSystemCall` and its kin included, and a method that the real VFS
 //! does not have is NULL here too.
 //!
-//! Uses: `io`, `file`, `shim`, `options`, `ffi`, `error`.
+//! Uses: `io`, `file`, `shim`, `wait`, `options`, `ffi`, `error`.
 
 use std::ffi::{CStr, CString, c_char, c_double, c_int, c_void};
 
@@ -14,6 +14,7 @@ use crate::file::{FileHandle, OpenFile, guarded, shim_file_size};
 use crate::io;
 use crate::options::{FileOptions, PARAMETERS};
 use crate::shim::Shim;
+use crate::wait;
 
 /// The structure to register for `shim`; `None` if the real VFS's `szOsFile` is absurd.
 pub fn structure(shim: &'static Shim) -> Option<sqlite3_vfs> {
@@ -135,6 +136,26 @@ unsafe fn file_options(shim: &Shim, name: *const c_char) -> Result<FileOptions, 
     shim.options.file.overridden_by(&parameters)
 }
 
+/// Sleeps until it is the connection's turn, if it waits for the gate; else the real VFS sleeps.
+///
+/// "The xSleep() method causes the calling thread to sleep for at least the number of microseconds given. The return value
+/// … is the number of microseconds that the operating system was asked to sleep" (<https://www.sqlite.org/c3ref/vfs.html>
+/// and os_unix.c): "at least" does not hold for the busy handler of a connection that is next.
+unsafe extern "C" fn x_sleep(vfs: *mut sqlite3_vfs, microseconds: c_int) -> c_int {
+    // SAFETY: SQLite's call.
+    let real = unsafe { shim(vfs) }.real;
+    let Some(method) = real.methods().xSleep else { return 0 };
+    let real_sleep = || {
+        // SAFETY: the real VFS's own method, called with the real VFS and SQLite's own argument.
+        unsafe { method(real.as_ptr(), microseconds) };
+    };
+    guarded(rc::IOERR_LOCK, || {
+        wait::sleep(u64::try_from(microseconds).unwrap_or(0), real_sleep);
+        rc::OK
+    });
+    microseconds
+}
+
 /// One trampoline: the same arguments to the real VFS's method, its answer back. Nothing in it can panic.
 macro_rules! forward {
     ($name:ident, $method:ident ( $($arg:ident : $type:ty),* ) $(-> $ret:ty, missing: $missing:expr)?) => {
@@ -161,7 +182,6 @@ forward!(x_dl_error, xDlError(size: c_int, out: *mut c_char));
 forward!(x_dl_sym, xDlSym(library: *mut c_void, symbol: *const c_char) -> sqlite3_syscall_ptr, missing: None);
 forward!(x_dl_close, xDlClose(library: *mut c_void));
 forward!(x_randomness, xRandomness(size: c_int, out: *mut c_char) -> c_int, missing: 0);
-forward!(x_sleep, xSleep(microseconds: c_int) -> c_int, missing: 0);
 forward!(x_current_time, xCurrentTime(out: *mut c_double) -> c_int, missing: rc::ERROR);
 forward!(x_get_last_error, xGetLastError(size: c_int, out: *mut c_char) -> c_int, missing: 0);
 forward!(x_current_time_int64, xCurrentTimeInt64(out: *mut sqlite3_int64) -> c_int, missing: rc::ERROR);

@@ -304,7 +304,7 @@ fn exactly_our_pragma_is_answered() {
     assert_eq!(status["lock_file"], db.lock_file().to_str().unwrap());
     assert_eq!(status["level"], "RESERVED");
     assert_eq!(status["held"], true);
-    assert_eq!(status["checkpoint"], "free");
+    assert_eq!(status["checkpoint"], "auto");
     assert_eq!(status["fallback"], "refuse");
     assert!(status["process"]["acquired"].as_u64().unwrap() >= 1);
     connection.execute_batch("COMMIT").unwrap();

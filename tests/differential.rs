@@ -12,7 +12,7 @@
 //!
 //! After each operation every world must be where the stock world is: the same answer (rows, or extended result
 //! code and message), the same transaction state, files of the same sizes. At the end the handles are closed one
-//! by one; then the same files must be left (and `.lock`), the database must be the same byte for byte, and a
+//! by one; then the same files must be left (and `.lock`, and the queue's hint), the database must be the same byte for byte, and a
 //! fresh stock connection must read the same from it.
 //!
 //! No difference is allowed for, not even one SQLITE_BUSY for another: `busy_timeout` is 0 and operations come
@@ -597,7 +597,7 @@ impl Run<'_> {
         let folder = self.database.parent().unwrap();
         let names = fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().file_name());
         let mut files: Vec<String> = names.map(|name| name.to_string_lossy().into_owned()).collect();
-        files.retain(|name| name != "kanban.db.lock");
+        files.retain(|name| name != "kanban.db.lock" && name != "kanban.db.lock-queue");
         files.sort();
         let database = fs::read(&self.database).unwrap_or_default();
         Remains { files, database, content: content(&self.database) }

@@ -330,6 +330,46 @@ fn a_self_deadlock_is_named_in_the_log() {
     agent.execute("INSERT INTO task VALUES ('z')").unwrap();
 }
 
+/// A wait over `kanbanlock_warn_ms` says in the log, once, whom it is for: another connection, or a foreign flock.
+#[test]
+fn a_long_wait_names_the_holder() {
+    let db = database();
+    let uri = format!("file:{}?vfs=kanbanlock&kanbanlock_warn_ms=50", db.path().display());
+    let mut waiter = Agent::start();
+    waiter.ask(&Task::Open(uri)).unwrap();
+    waiter.query("PRAGMA busy_timeout = 300");
+    let mut holder = Agent::with_db(db.path(), "kanbanlock");
+    // Who has waited once is at the queue, where the holder then says since when.
+    holder.execute("BEGIN IMMEDIATE").unwrap();
+    waiter.execute("INSERT INTO task VALUES ('x')").unwrap_err();
+    holder.execute("COMMIT").unwrap();
+    waiter.execute("INSERT INTO task VALUES ('x')").unwrap();
+    support::await_tick();
+    holder.execute("BEGIN IMMEDIATE; COMMIT; BEGIN IMMEDIATE").unwrap();
+    let before = waiter.log();
+    waiter.execute("INSERT INTO task VALUES ('x')").unwrap_err();
+    waiter.execute("INSERT INTO task VALUES ('x')").unwrap_err();
+    holder.execute("COMMIT").unwrap();
+    waiter.execute("INSERT INTO task VALUES ('x')").unwrap();
+    let log = waiter.log();
+    assert_eq!(before.matches("is held by process").count(), 1, "{before}");
+    for part in [&format!("is held by process {} (", holder.pid()), "agent_process", ") for "] {
+        assert!(log.lines().last().unwrap_or_default().contains(part), "no {part}: {log}");
+    }
+
+    holder.ask(&Task::Flock(db.lock_file())).unwrap();
+    waiter.execute("INSERT INTO task VALUES ('x')").unwrap_err();
+    assert!(waiter.log().lines().last().unwrap_or_default().contains(&format!("process {} (", holder.pid())));
+    holder.ask(&Task::Unflock).unwrap();
+
+    // By default not after so short a time.
+    let mut patient = Agent::with_db(db.path(), "kanbanlock");
+    patient.query("PRAGMA busy_timeout = 300");
+    holder.execute("BEGIN IMMEDIATE").unwrap();
+    patient.execute("INSERT INTO task VALUES ('x')").unwrap_err();
+    assert_eq!(patient.log(), "");
+}
+
 /// flock(1) is the shell's door to the same lock.
 #[test]
 fn flock_1_excludes_writers_and_is_excluded() {

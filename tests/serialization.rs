@@ -502,3 +502,42 @@ fn the_checkpoint_policy_decides_whether_a_checkpoint_takes_the_gate() {
         assert!(outsider.is_free(&db.lock_file()));
     }
 }
+
+/// Row K3: under `kanbanlock_checkpoint=auto`, the default, a checkpoint takes the gate when the WAL is longer than 16 MB;
+/// if it is not to be had, it goes on without, as it does when the WAL is short.
+#[test]
+fn an_auto_checkpoint_takes_the_gate_when_the_wal_is_long() {
+    let probe = WriteProbe::new(false);
+    let stack = Stack::new(probe.clone());
+    let db = TestDb::new();
+    let connection = db.open(stack.kanbanlock);
+    set_journal_mode(&connection, "wal");
+    connection.execute_batch(SCHEMA).unwrap();
+    connection
+        .execute_batch("PRAGMA synchronous = OFF; PRAGMA wal_autocheckpoint = 0; CREATE TABLE blob (data)")
+        .unwrap();
+    // How many writes of the database were naked in a checkpoint that copies everything.
+    let naked_after = |megabytes: u32, is_held: bool| {
+        for _ in 0..megabytes {
+            connection.execute_batch("INSERT INTO blob VALUES (zeroblob(1 << 20))").unwrap();
+        }
+        probe.naked.lock().unwrap().clear();
+        let mut outsider = Agent::start();
+        if is_held {
+            outsider.ask(&Task::Flock(db.lock_file())).unwrap();
+        }
+        let (busy, log, copied): (i64, i64, i64) = connection
+            .query_row("PRAGMA wal_checkpoint(PASSIVE)", [], |row| {
+                Ok((row.get(0)?, row.get(1)?, row.get(2)?))
+            })
+            .unwrap();
+        assert_eq!((busy, log), (0, copied), "{megabytes} MB, {is_held}");
+        assert_ne!(probe.writes(), 0);
+        probe.naked().len()
+    };
+    assert_ne!(naked_after(1, false), 0, "short: beside writers");
+    assert_eq!(naked_after(17, false), 0, "long: under the gate");
+    // Held by another all the time, so no write is naked: it shows that the checkpoint goes on.
+    naked_after(17, true);
+    assert!(probe.is_free(&db));
+}

@@ -441,6 +441,12 @@ impl Surroundings for Fake {
         }
         world.weather.moved.map_or(Ok(()), Err)
     }
+    fn wal_changes(&self) -> u32 {
+        0
+    }
+    fn wal_size(&self) -> u64 {
+        0
+    }
     fn doubt_places(&self) {
         self.world.borrow_mut().events.push(Event::Doubted);
     }
@@ -480,6 +486,16 @@ impl Gate for FakeGate {
     fn await_acquire(&self) -> Result<bool, c_int> {
         self.try_acquire()
     }
+
+    fn transaction_over(&self) {}
+
+    fn wanted_in_vain(&self) {}
+
+    fn shared_refused(&self) {}
+
+    fn exclusive_begin(&self) {}
+
+    fn exclusive_end(&self, _: bool) {}
 
     fn release(&self) {
         if !self.is_held.replace(false) {

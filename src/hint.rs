@@ -1,0 +1,338 @@
+//! The hint file `<db>.lock-queue`: how the processes that wait for one lock file find the same shared memory.
+//!
+//! ## The problem
+//! The queue's board (`queue.rs`) must lie in memory that all of them share. A mapped file beside the database would do, but
+//! whoever truncates it (`open(path, "w")`), or fills the disk, would kill every process that looks at it: SIGBUS.
+//!
+//! ## The solution
+//! The memory is a *sealed memory file* (memfd_create(2)): no name, no disk, and by its seals of a size that nobody can
+//! change. The hint file is one line of text that says where to find it: a process that has it open, and its descriptor
+//! there, to be opened through `/proc/PID/fd/FD`. What is opened so is used only if the kernel says that it is sealed and of
+//! the right size, and if it says itself that it belongs to this lock file: the text is a hint.
+//!
+//! ## Invariants
+//! - The hint file is made by the first connection that is *refused* (before that there is nothing to wait for), is never
+//!   mapped, and is written only while it is empty or begins as ours do, under its own flock.
+//! - If that process is gone, the next that looks makes new memory and writes where it is; the others notice at their next
+//!   look, once in a tick of the kernel's clock while they acquire, and at each poll while they wait.
+//! - Nothing here is needed for safety: any failure means *polling*, with one line in the log. Another pid namespace, another
+//!   user (proc(5): "permission to dereference or read the symbolic links … is governed by a ptrace access mode
+//!   PTRACE_MODE_READ_FSCREDS check"), no `/proc`: polling.
+//!
+//! Uses: `fork`, `queue`, `sys`.
+
+use std::ffi::{CStr, CString, OsStr};
+use std::fs::File;
+use std::io::{self, Read, Seek, SeekFrom, Write};
+use std::mem::{align_of, size_of};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
+use std::path::Path;
+use std::ptr::NonNull;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+
+use crate::fork;
+use crate::queue::Board;
+use crate::sys::{self, Create, FileId};
+
+/// What is mapped: whole pages.
+const SIZE: usize = size_of::<Board>().next_multiple_of(4096);
+const _: () = assert!(align_of::<Board>() <= 4096, "mmap(2) gives page-aligned memory");
+
+/// How a hint file of ours begins.
+const TITLE: &str = "kanbanlock queue 1\n";
+/// More than any of ours is long.
+const LONGEST: usize = 256;
+
+/// The board of one lock file, shared by all connections of this process.
+#[derive(Debug)]
+pub struct Hint {
+    board: NonNull<Board>,
+    lock_file: FileId,
+    /// Others open it through `/proc`.
+    memory: Option<OwnedFd>,
+    /// The lock file once more, to try its flock with: an open file description of its own, so that unlocking it cannot
+    /// unlock a connection's.
+    probe: Option<OwnedFd>,
+    /// The hint file, and what it said when we found the board.
+    file: Option<File>,
+    text: String,
+    /// The `fork::generation` that this belongs to.
+    generation: u32,
+}
+
+// SAFETY: the board is made of atomics, in memory that stays mapped as long as the Hint lives; the rest is Send and Sync.
+unsafe impl Send for Hint {}
+// SAFETY: ditto.
+unsafe impl Sync for Hint {}
+
+/// A seat's hold on the board.
+#[derive(Clone, Debug)]
+pub struct SharedHint(pub Arc<Hint>);
+
+impl AsRef<Board> for SharedHint {
+    #[inline]
+    fn as_ref(&self) -> &Board {
+        // SAFETY: mapped, page-aligned, SIZE bytes that no-one can take away (sealed), all atomics, for which any bytes are
+        // valid; unmapped only when the Hint is dropped.
+        unsafe { self.0.board.as_ref() }
+    }
+}
+
+/// Why there is no board.
+#[derive(Debug)]
+pub enum NoBoard {
+    /// There is no hint file: nobody has waited here yet.
+    Nobody,
+    /// Something that the user should know of.
+    Because(String),
+}
+
+impl From<io::Error> for NoBoard {
+    fn from(error: io::Error) -> NoBoard {
+        NoBoard::Because(error.to_string())
+    }
+}
+
+fn because<T>(text: impl Into<String>) -> Result<T, NoBoard> {
+    Err(NoBoard::Because(text.into()))
+}
+
+/// The boards that connections of this process sit at.
+static BOARDS: Mutex<Vec<Weak<Hint>>> = Mutex::new(Vec::new());
+
+fn boards() -> MutexGuard<'static, Vec<Weak<Hint>>> {
+    // A push or a retain leaves the list whole.
+    BOARDS.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// The board of the lock file at `path`, which is open as `lock_file`. `may_create`: make a hint file if there is none.
+///
+/// # Errors
+///
+/// [`NoBoard`]. Then there is nothing but polling.
+pub fn find(path: &CStr, lock_file: FileId, may_create: bool) -> Result<SharedHint, NoBoard> {
+    let mut boards = boards();
+    boards.retain(|board| board.strong_count() > 0);
+    let known = boards.iter().filter_map(Weak::upgrade).find(|hint| hint.lock_file == lock_file);
+    if let Some(hint) = known.filter(|hint| hint.is_current()) {
+        return Ok(SharedHint(hint));
+    }
+    let mut hint_path = path.to_bytes().to_vec();
+    hint_path.extend_from_slice(b"-queue");
+    let hint_path = CString::new(hint_path).unwrap_or_default();
+    let hint = Arc::new(open(path, &hint_path, lock_file, may_create)?);
+    boards.push(Arc::downgrade(&hint));
+    Ok(SharedHint(hint))
+}
+
+fn open(path: &CStr, hint_path: &CStr, lock_file: FileId, may_create: bool) -> Result<Hint, NoBoard> {
+    let mut file = open_hint_file(path, hint_path, may_create)?;
+    for attempt in 0.. {
+        let text = read(&mut file)?;
+        if let Some(place) = Place::parse(&text, path)? {
+            if let Some(memory) = place.open(lock_file)? {
+                return Hint::new(memory, path, lock_file, file, text);
+            }
+        }
+        // Nobody has it any more: new memory. One at a time; the others read again.
+        if !sys::flock_exclusive_nb(file.as_fd())? {
+            if attempt == 100 {
+                return because("its flock is held by somebody else");
+            }
+            std::thread::yield_now();
+            continue;
+        }
+        let made = if read(&mut file)? == text { make(path, lock_file, &mut file) } else { Ok(None) };
+        let _ = sys::flock_unlock(file.as_fd());
+        if let Some((memory, text)) = made? {
+            return Hint::new(memory, path, lock_file, file, text);
+        }
+    }
+    because("it changes all the time")
+}
+
+/// The hint file, created with the lock file's mode and owner.
+fn open_hint_file(path: &CStr, hint_path: &CStr, may_create: bool) -> Result<File, NoBoard> {
+    let opened = match sys::open(hint_path, Create::No) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            if !may_create {
+                return Err(NoBoard::Nobody);
+            }
+            let like = sys::stat(path)?;
+            let created = sys::open(hint_path, Create::New(like.mode & 0o777));
+            if let Ok(fd) = &created {
+                // As for the lock file itself (`gate.rs`): not ours to insist.
+                let _ = sys::fchmod(fd.as_fd(), like.mode & 0o777);
+                let _ = sys::fchown(fd.as_fd(), like.uid, like.gid);
+            }
+            match created {
+                Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
+                    sys::open(hint_path, Create::No)?
+                }
+                created => created?,
+            }
+        }
+        opened => opened?,
+    };
+    let file = File::from(opened);
+    if !file.metadata()?.is_file() {
+        return because("it is not a regular file; remove it");
+    }
+    Ok(file)
+}
+
+fn read(file: &mut File) -> io::Result<String> {
+    let mut bytes = Vec::new();
+    file.seek(SeekFrom::Start(0))?;
+    Read::by_ref(file).take(LONGEST as u64).read_to_end(&mut bytes)?;
+    Ok(String::from_utf8_lossy(&bytes).into_owned())
+}
+
+/// New memory, and where it is into the hint file.
+fn make(path: &CStr, lock_file: FileId, file: &mut File) -> Result<Option<(OwnedFd, String)>, NoBoard> {
+    let memory = sys::sealed_memory(c"kanbanlock-queue", SIZE)?;
+    // The memory's mode decides, beside ptrace's rules, who may open it through /proc.
+    sys::fchmod(memory.as_fd(), sys::stat(path)?.mode & 0o777)?;
+    let mapping = Mapping::new(&memory)?;
+    mapping.board().initialise(lock_file.numbers());
+    let inode = sys::fstat(memory.as_fd())?.id.numbers().1;
+    let (namespace, pid, fd) = (pid_namespace()?, std::process::id(), memory.as_raw_fd());
+    let text = format!("{TITLE}{namespace} {pid} {fd} {inode}\n");
+    file.seek(SeekFrom::Start(0))?;
+    file.write_all(text.as_bytes())?;
+    file.set_len(text.len() as u64)?;
+    Ok(Some((memory, text)))
+}
+
+/// The pid namespace: pids of another one mean nothing here. namespaces(7)
+fn pid_namespace() -> io::Result<u64> {
+    Ok(std::fs::metadata("/proc/self/ns/pid")?.ino())
+}
+
+/// What a hint file says.
+struct Place {
+    namespace: u64,
+    pid: u32,
+    fd: u32,
+    inode: u64,
+}
+
+impl Place {
+    /// `None`: it is empty, or damaged.
+    fn parse(text: &str, path: &CStr) -> Result<Option<Place>, NoBoard> {
+        let Some(line) = text.strip_prefix(TITLE) else {
+            if text.is_empty() {
+                return Ok(None);
+            }
+            let path = Path::new(OsStr::from_bytes(path.to_bytes())).display();
+            return because(format!("{path}-queue holds something else than kanbanlock's; remove it"));
+        };
+        let mut numbers = line.strip_suffix('\n').unwrap_or("").split(' ').map(str::parse);
+        let mut next = || numbers.next().and_then(Result::ok);
+        let (namespace, pid, fd, inode) = (next(), next(), next(), next());
+        let narrow = |number: Option<u64>| number.and_then(|number| u32::try_from(number).ok());
+        let place =
+            || Some(Place { namespace: namespace?, pid: narrow(pid)?, fd: narrow(fd)?, inode: inode? });
+        Ok(place())
+    }
+
+    /// `None`: it is not there any more.
+    fn open(&self, lock_file: FileId) -> Result<Option<OwnedFd>, NoBoard> {
+        if self.namespace != pid_namespace()? {
+            return because("it belongs to processes of another pid namespace (another container)");
+        }
+        let memory = match sys::reopen_of_process(self.pid, self.fd) {
+            Ok(memory) => memory,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Err(error) => return because(format!("the memory of process {}: {error}", self.pid)),
+        };
+        let is_it = sys::is_sealed_memory(memory.as_fd(), SIZE)
+            && sys::fstat(memory.as_fd())?.id.numbers().1 == self.inode
+            && Mapping::new(&memory)?.board().is_of(lock_file.numbers());
+        Ok(is_it.then_some(memory))
+    }
+}
+
+/// Mapped memory, unmapped on drop.
+struct Mapping(NonNull<Board>);
+
+impl Mapping {
+    /// `memory`: sealed, of SIZE bytes.
+    fn new(memory: &OwnedFd) -> io::Result<Mapping> {
+        sys::map_shared(memory.as_fd(), SIZE).map(|address| Mapping(address.cast()))
+    }
+
+    fn board(&self) -> &Board {
+        // SAFETY: as for SharedHint::as_ref; unmapped only on drop.
+        unsafe { self.0.as_ref() }
+    }
+}
+
+impl Drop for Mapping {
+    fn drop(&mut self) {
+        // SAFETY: what map_shared gave for SIZE bytes; `board` lends it for the life of the Mapping only.
+        unsafe { sys::unmap(self.0.cast(), SIZE) };
+    }
+}
+
+impl Hint {
+    fn new(
+        memory: OwnedFd,
+        path: &CStr,
+        lock_file: FileId,
+        file: File,
+        text: String,
+    ) -> Result<Hint, NoBoard> {
+        let probe = sys::open(path, Create::No)?;
+        if sys::fstat(probe.as_fd())?.id != lock_file {
+            return because("the lock file was replaced");
+        }
+        let board = sys::map_shared(memory.as_fd(), SIZE)?.cast();
+        for fd in [memory.as_raw_fd(), probe.as_raw_fd(), file.as_raw_fd()] {
+            fork::close_in_child(fd);
+        }
+        let (memory, probe, file) = (Some(memory), Some(probe), Some(file));
+        Ok(Hint { board, lock_file, memory, probe, file, text, generation: fork::generation() })
+    }
+
+    /// True while the hint file leads to this board. (Not in the child of a fork.)
+    pub fn is_current(&self) -> bool {
+        let Some(file) = self.file.as_ref().filter(|_| self.generation == fork::generation()) else {
+            return false;
+        };
+        let mut text = [0; LONGEST];
+        let is_linked = sys::fstat(file.as_fd()).is_ok_and(|attributes| attributes.links > 0);
+        is_linked && file.read_at(&mut text, 0).is_ok_and(|length| text[..length] == *self.text.as_bytes())
+    }
+
+    /// True if nobody holds the flock of the lock file: takes it, and gives it back.
+    pub fn is_free(&self) -> bool {
+        let Some(probe) = self.probe.as_ref().filter(|_| self.generation == fork::generation()) else {
+            return false;
+        };
+        let is_free = sys::flock_exclusive_nb(probe.as_fd()).unwrap_or(false);
+        if is_free {
+            let _ = sys::flock_unlock(probe.as_fd());
+        }
+        is_free
+    }
+}
+
+impl Drop for Hint {
+    fn drop(&mut self) {
+        let is_inherited = self.generation != fork::generation();
+        let files = [self.memory.take(), self.probe.take(), self.file.take().map(OwnedFd::from)];
+        for fd in files.into_iter().flatten() {
+            if is_inherited {
+                // The child's atfork handler has closed it; the number may be anything by now.
+                std::mem::forget(fd);
+            } else {
+                fork::forget(fd.as_raw_fd());
+            }
+        }
+        // SAFETY: what map_shared gave for SIZE bytes; a seat that used it held the Hint, so there is none any more.
+        unsafe { sys::unmap(self.board.cast(), SIZE) };
+    }
+}

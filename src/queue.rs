@@ -1,0 +1,681 @@
+//! The fair queue of one lock file: who is next, and how it is told.
+//!
+//! The flock on `<db>.lock` is the truth about who may write. This is about *waiting*: a board in shared memory on which
+//! connections of many processes write that they wait, and on which the one that releases the gate says who is next.
+//! Whatever stands on the board, nobody writes without the flock: a board full of garbage costs time, nothing else.
+//!
+//! ## Definitions
+//! *Seat*: one connection's place at the board, with an `id`. *Slot*: one of the board's 63 places for those that wait.
+//! *Ticket*: the number that a seat draws when it starts to wait, and keeps until it has had the gate; the lowest is next.
+//! *Asleep*: in [`Seat::wait`], wakeable. *Away*: refused, but somewhere else: about to try again, or in a busy handler
+//! that sleeps by itself. *Reservation*: "until then the gate is for that seat". *Turn*: the time that a seat may go on
+//! acquiring while others wait, the *slice*.
+//!
+//! ## Invariants
+//! - **Reserve, don't grant.** Nobody takes the flock for another, nor in its sleep: a retry that does not come would leave
+//!   it locked.
+//! - **No barging.** While somebody lives that is asleep with a lower ticket, or while the gate is reserved for another,
+//!   a seat does not try the flock; but in its own slice.
+//! - **No lost wake.** A waiter has its slot on the board *before* it tries the flock for the last time, and a releaser
+//!   looks at the board *after* it has unlocked the flock; then it raises `releases` *before* it looks who is asleep, and a
+//!   waiter looks at `releases` *after* it has marked itself asleep. Each of these pairs is sequentially consistent.
+//! - **Nothing lasts.** Whatever says "wait for me" has a date: a reservation [`LEASE`], a slot until its `due`. A process
+//!   that is killed or stopped delays the others by that much, and what garbage says is over as soon. A date that is too
+//!   far away is none.
+//! - **A date is not the truth**: who was passed over because it was late keeps its ticket, and is then next.
+//!
+//! All of this is safe Rust over atomics. `hint.rs` finds the memory, `wait.rs` calls [`Seat::wait`] from xSleep, `gate.rs`
+//! the rest.
+//!
+//! Uses: `sys`.
+
+use std::sync::atomic::Ordering::{Relaxed, SeqCst};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64};
+
+use crate::sys;
+
+/// Microseconds of [`sys::micros`].
+pub type Micros = u64;
+
+/// How many can wait at one lock file. Whoever finds no slot sleeps and tries again, as stock SQLite does.
+pub const SLOTS: usize = 63;
+/// In `Board::queued`, beside a bit for each slot: somebody waits for the next release with no slot ([`Seat::wait_release`]).
+const ANYBODY: u64 = 1 << SLOTS;
+
+/// How long the gate is kept for the one that was woken.
+const LEASE: Micros = 2_000;
+/// How often the first in the queue looks by itself; the second half as often, and so on, down to [`SLOWEST_POLL`].
+const POLL: Micros = 2_000;
+const SLOWEST_POLL: Micros = 20_000;
+/// How much later than it said a waiter may be before it counts as dead.
+const GRACE: Micros = 5_000;
+/// How long a seat that went away to try again is thought to be coming back.
+const AWAY: Micros = 20_000;
+/// No date on the board lies further ahead than this.
+const HORIZON: Micros = 1_000_000;
+/// An owner that asks again so soon after its release has a transaction at hand: its slice is not given away.
+const TIGHT: Micros = 100;
+/// Of so many polls that find a holder on the board, one tries the flock all the same: the holder may be dead.
+const DISTRUST: u32 = 8;
+
+/// A seat that never sleeps here is passed over by all that do. After so many refusals …
+const RESCUE_REFUSALS: u32 = 4;
+/// … the gate is reserved until it comes back, if that is within this time, …
+const RESCUE_LONGEST: Micros = 100_000;
+/// … and the board has been busy for so many times as long as the gate may lie idle for it.
+const RESCUE_SHARE: Micros = 8;
+
+const IS_AWAY: u64 = 1;
+const IS_ASLEEP: u64 = 2;
+const FREE: u64 = 0;
+
+/// A cache line of its own.
+#[repr(C, align(64))]
+#[derive(Debug, Default)]
+struct Line<T>(T);
+
+/// What lies in the shared memory. All zeros is an empty board.
+#[repr(C)]
+#[derive(Debug, Default)]
+pub struct Board {
+    identity: Line<Identity>,
+    /// One bit for each slot in use. What every acquire and release looks at.
+    queued: Line<AtomicU64>,
+    /// The process that holds the gate, and since when, in milliseconds: `pid << 40 | since`; 0: none that we know.
+    holder: Line<AtomicU64>,
+    turn: Line<Turn>,
+    tickets: Line<AtomicU64>,
+    seats: AtomicU32,
+    slots: Slots,
+}
+
+#[repr(C)]
+#[derive(Debug, Default)]
+struct Identity {
+    magic: AtomicU64,
+    device: AtomicU64,
+    inode: AtomicU64,
+}
+
+#[repr(C)]
+#[derive(Debug, Default)]
+struct Turn {
+    /// `id << 32 | end`, the end in the low 32 bits of microseconds; 0: none.
+    reservation: AtomicU64,
+    /// Raised at each release that somebody may be waiting for.
+    releases: AtomicU32,
+    owner: AtomicU32,
+    /// Not 0: the owner waits for EXCLUSIVE, until the last SHARED lock is gone.
+    exclusive: AtomicU32,
+    /// Raised by each connection that gives up SHARED meanwhile.
+    leaves: AtomicU32,
+    /// The owner has released the gate, but will ask for it again before this moment.
+    kept: AtomicU64,
+    /// Before this moment no seat is rescued.
+    next_rescue: AtomicU64,
+}
+
+/// An array of so many has no `Default`.
+#[repr(C)]
+#[derive(Debug)]
+struct Slots([Line<Slot>; SLOTS]);
+
+impl Default for Slots {
+    fn default() -> Slots {
+        Slots(std::array::from_fn(|_| Line::default()))
+    }
+}
+
+#[repr(C)]
+#[derive(Debug, Default)]
+struct Slot {
+    /// `id << 8 | IS_AWAY or IS_ASLEEP`, or [`FREE`].
+    state: AtomicU64,
+    ticket: AtomicU64,
+    /// Its owner will be heard of before.
+    due: AtomicU64,
+    /// What its owner sleeps on.
+    word: AtomicU32,
+    /// How often in a row it was refused without sleeping here.
+    refusals: AtomicU32,
+    /// When it was refused last, and how long after the time before.
+    refused: AtomicU64,
+    interval: AtomicU64,
+}
+
+/// A slot as somebody else sees it.
+#[derive(Clone, Copy, Debug)]
+struct Waiter {
+    slot: usize,
+    id: u32,
+    ticket: u64,
+    is_asleep: bool,
+}
+
+impl Board {
+    /// "kanbanlock queue, layout 1".
+    const MAGIC: u64 = u64::from_le_bytes(*b"kanbanq1");
+
+    /// Marks new memory as the board of the lock file with these device and inode numbers.
+    pub fn initialise(&self, (device, inode): (u64, u64)) {
+        self.identity.0.device.store(device, Relaxed);
+        self.identity.0.inode.store(inode, Relaxed);
+        self.identity.0.magic.store(Board::MAGIC, SeqCst);
+    }
+
+    /// True for the board of this lock file, in this version's layout.
+    pub fn is_of(&self, (device, inode): (u64, u64)) -> bool {
+        let Identity { magic, device: its_device, inode: its_inode } = &self.identity.0;
+        magic.load(SeqCst) == Board::MAGIC
+            && its_device.load(Relaxed) == device
+            && its_inode.load(Relaxed) == inode
+    }
+
+    /// The process that holds the gate, as far as it has said so, and since when.
+    pub fn holder(&self) -> Option<(u32, Micros)> {
+        let holder = self.holder.0.load(Relaxed);
+        let pid = u32::try_from(holder >> 40).unwrap_or(0);
+        (pid != 0).then_some((pid, (holder & ((1 << 40) - 1)) * 1000))
+    }
+
+    fn slot(&self, index: usize) -> &Slot {
+        &self.slots.0[index % SLOTS].0
+    }
+
+    /// The seat that the gate is reserved for.
+    fn reserved(&self, now: Micros) -> Option<u32> {
+        let reservation = self.turn.0.reservation.load(SeqCst);
+        let [id, end] = halves(reservation);
+        let left = end.wrapping_sub(low(now));
+        (id != 0 && left != 0 && Micros::from(left) <= RESCUE_LONGEST).then_some(id)
+    }
+
+    /// Reserves the gate for `id`, unless it is reserved. False: it is.
+    fn reserve(&self, id: u32, now: Micros, lease: Micros) -> bool {
+        let reservation = &self.turn.0.reservation;
+        let old = reservation.load(SeqCst);
+        let new = u64::from(id) << 32 | u64::from(low(now + lease));
+        self.reserved(now).is_none() && reservation.compare_exchange(old, new, SeqCst, SeqCst).is_ok()
+    }
+
+    /// Those that wait and are alive. Dead slots are freed on the way.
+    fn waiters(&self, now: Micros) -> impl Iterator<Item = Waiter> + '_ {
+        let mut bits = self.queued.0.load(SeqCst) & !ANYBODY;
+        std::iter::from_fn(move || {
+            if bits == 0 {
+                return None;
+            }
+            let slot = bits.trailing_zeros() as usize;
+            bits &= bits - 1;
+            Some(slot)
+        })
+        .filter_map(move |slot| self.look(slot, now))
+    }
+
+    fn look(&self, index: usize, now: Micros) -> Option<Waiter> {
+        let slot = self.slot(index);
+        let state = slot.state.load(SeqCst);
+        if state != FREE && is_ahead(slot.due.load(SeqCst), now) {
+            let id = u32::try_from(state >> 8).ok()?;
+            let ticket = slot.ticket.load(Relaxed);
+            return Some(Waiter { slot: index, id, ticket, is_asleep: state & 0xff == IS_ASLEEP });
+        }
+        // Dead, or nobody's. If it is claimed at this very moment, its new owner finds the bit missing and sets it again.
+        if state == FREE || slot.state.compare_exchange(state, FREE, SeqCst, SeqCst).is_ok() {
+            self.queued.0.fetch_and(!(1 << index), SeqCst);
+        }
+        None
+    }
+
+    /// Whose turn it is next: the lowest ticket of those asleep, or one that has to be rescued.
+    fn next(&self, now: Micros) -> Option<(Waiter, Micros)> {
+        let sleeper =
+            self.waiters(now).filter(|waiter| waiter.is_asleep).min_by_key(|waiter| waiter.ticket)?;
+        let rescued = self.rescue(&sleeper, now);
+        Some(rescued.unwrap_or((sleeper, LEASE)))
+    }
+
+    /// The busy handler of the application may sleep where nobody can wake it. While others sleep here and pass the gate
+    /// on to each other, it would find the gate taken each time. So now and then the gate is left alone until it comes
+    /// back, which is soon if it comes at regular times.
+    fn rescue(&self, sleeper: &Waiter, now: Micros) -> Option<(Waiter, Micros)> {
+        if now < self.turn.0.next_rescue.load(Relaxed).min(now + HORIZON) {
+            return None;
+        }
+        let is_stranded = |waiter: &Waiter| {
+            let slot = self.slot(waiter.slot);
+            !waiter.is_asleep
+                && waiter.ticket < sleeper.ticket
+                && slot.refusals.load(Relaxed) >= RESCUE_REFUSALS
+        };
+        let stranded = self.waiters(now).filter(is_stranded).min_by_key(|waiter| waiter.ticket)?;
+        let slot = self.slot(stranded.slot);
+        let interval = slot.interval.load(Relaxed);
+        let expected = slot.refused.load(Relaxed).saturating_add(interval);
+        // It may be late: twice as long, and a little.
+        let lease = expected.saturating_sub(now) + interval + LEASE;
+        if lease > RESCUE_LONGEST {
+            return None;
+        }
+        self.turn.0.next_rescue.store(now + RESCUE_SHARE * lease.min(HORIZON / RESCUE_SHARE), Relaxed);
+        Some((stranded, lease))
+    }
+}
+
+/// One connection's place at a board.
+///
+/// Atomics, although one thread at a time uses a connection: a thread may hold on to the seat of a connection that has
+/// moved to another one since (`wait.rs`). Then both get on, and one of them may sleep a moment too long.
+#[derive(Debug)]
+pub struct Seat<B: AsRef<Board>> {
+    board: B,
+    id: u32,
+    pid: u32,
+    /// How long it may go on acquiring while others wait.
+    slice: Micros,
+    /// 0: not waiting.
+    ticket: AtomicU64,
+    /// [`SLOTS`]: none.
+    slot: AtomicU32,
+    /// When it last released the gate with others waiting; 0: it has asked for it again since.
+    released: AtomicU64,
+    is_tight: AtomicBool,
+    /// It has asked for the gate in this transaction; and in the last.
+    has_asked: AtomicBool,
+    is_writer: AtomicBool,
+    /// Those that wait with no slot are to be woken too.
+    wakes_all: AtomicBool,
+    /// When its slice ends, if the turn is its own.
+    turn_ends: AtomicU64,
+    /// It has released the gate and told nobody, since it was to ask again within its slice.
+    owes: AtomicBool,
+    /// The slot to wake, plus one; 0: none.
+    wake: AtomicU32,
+}
+
+/// What [`Seat::wait`] did.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Waited {
+    /// How long it slept.
+    pub micros: Micros,
+    /// True: what it waited for has happened. False: the time is over.
+    pub is_next: bool,
+}
+
+impl<B: AsRef<Board>> Seat<B> {
+    /// A new seat at `board`.
+    pub fn new(board: B, slice: Micros) -> Seat<B> {
+        // 0 means nobody. After four billion connections an old number may come again; by then its slot is long dead.
+        let id = board.as_ref().seats.fetch_add(1, Relaxed).wrapping_add(1).max(1);
+        Seat {
+            board,
+            id,
+            pid: std::process::id(),
+            slice,
+            ticket: AtomicU64::new(0),
+            slot: AtomicU32::new(NO_SLOT),
+            released: AtomicU64::new(0),
+            is_tight: AtomicBool::new(false),
+            has_asked: AtomicBool::new(false),
+            is_writer: AtomicBool::new(true),
+            wakes_all: AtomicBool::new(false),
+            turn_ends: AtomicU64::new(0),
+            owes: AtomicBool::new(false),
+            wake: AtomicU32::new(0),
+        }
+    }
+
+    /// The process that holds the gate, and since when, as far as it has said so.
+    pub fn holder(&self) -> Option<(u32, Micros)> {
+        self.at().holder()
+    }
+
+    /// The board, and what keeps it in place.
+    pub fn board(&self) -> &B {
+        &self.board
+    }
+
+    fn at(&self) -> &Board {
+        self.board.as_ref()
+    }
+
+    /// True if nobody waits: then the gate is the flock, and nothing else need be asked.
+    #[inline]
+    pub fn is_alone(&self) -> bool {
+        self.at().queued.0.load(SeqCst) == 0
+    }
+
+    /// To be read before [`Seat::may_try`], and passed to [`Seat::wait`].
+    pub fn releases(&self) -> u32 {
+        self.at().turn.0.releases.load(SeqCst)
+    }
+
+    /// The connection asks for the gate.
+    pub fn asks(&self, now: Micros) {
+        self.has_asked.store(true, Relaxed);
+        let released = self.released.swap(0, Relaxed);
+        if released != 0 {
+            self.is_tight.store(now.saturating_sub(released) < TIGHT, Relaxed);
+        }
+    }
+
+    /// May this seat try the flock now?
+    pub fn may_try(&self, now: Micros) -> bool {
+        if let Some(id) = self.at().reserved(now) {
+            return id == self.id;
+        }
+        let ticket = match self.ticket.load(Relaxed) {
+            0 => u64::MAX,
+            ticket => ticket,
+        };
+        self.has_turn(now) || !self.at().waiters(now).any(|waiter| waiter.is_asleep && waiter.ticket < ticket)
+    }
+
+    /// Within its own slice.
+    fn has_turn(&self, now: Micros) -> bool {
+        let turn = &self.at().turn.0;
+        turn.owner.load(Relaxed) == self.id && is_ahead(self.turn_ends.load(Relaxed), now + 1)
+    }
+
+    /// The seat was refused: it waits. True if it did not before: then the flock must be tried once more, since whoever
+    /// released it meanwhile may not have seen this seat.
+    pub fn waits(&self, now: Micros) -> bool {
+        if self.owes.load(Relaxed) {
+            // The slice has ended between the release and now.
+            self.hand_over(now);
+            self.wake();
+        }
+        self.unreserve();
+        let is_new = self.ticket.load(Relaxed) == 0;
+        if is_new {
+            self.ticket.store(self.at().tickets.0.fetch_add(1, Relaxed) + 1, Relaxed);
+        }
+        if let Some(slot) = self.publish(now) {
+            let since = now.saturating_sub(slot.refused.swap(now, Relaxed));
+            let refusals = if is_new { 0 } else { slot.refusals.load(Relaxed) };
+            slot.refusals.store(refusals.saturating_add(1), Relaxed);
+            if refusals > 0 {
+                slot.interval.store(since, Relaxed);
+            }
+            // One that sleeps elsewhere is expected back after as long as the last time, or twice that.
+            slot.due.store(now + AWAY + 2 * slot.interval.load(Relaxed).min(RESCUE_LONGEST), SeqCst);
+        }
+        is_new
+    }
+
+    /// The seat's slot, on the board; claimed if it has none, or has lost it because it was late.
+    fn publish(&self, now: Micros) -> Option<&Slot> {
+        let board = self.at();
+        let away = u64::from(self.id) << 8 | IS_AWAY;
+        let index = self.slot.load(Relaxed) as usize;
+        if index < SLOTS && board.slot(index).state.load(SeqCst) >> 8 == u64::from(self.id) {
+            board.queued.0.fetch_or(1 << index, SeqCst);
+            return Some(board.slot(index));
+        }
+        for (index, Line(slot)) in (0_u32..).zip(&board.slots.0) {
+            let state = slot.state.load(SeqCst);
+            let is_dead = state == FREE || !is_ahead(slot.due.load(SeqCst), now);
+            if is_dead && slot.state.compare_exchange(state, away, SeqCst, SeqCst).is_ok() {
+                slot.ticket.store(self.ticket.load(Relaxed), Relaxed);
+                slot.refusals.store(0, Relaxed);
+                slot.interval.store(0, Relaxed);
+                slot.refused.store(now, Relaxed);
+                slot.due.store(now + AWAY, SeqCst);
+                board.queued.0.fetch_or(1 << index, SeqCst);
+                self.slot.store(index, Relaxed);
+                return Some(slot);
+            }
+        }
+        self.slot.store(NO_SLOT, Relaxed);
+        None
+    }
+
+    /// The seat has the flock.
+    pub fn acquired(&self, now: Micros) {
+        let turn = &self.at().turn.0;
+        self.unreserve();
+        self.owes.store(false, Relaxed);
+        let has_waited = self.ticket.swap(0, Relaxed) != 0;
+        if has_waited || !self.has_turn(now) {
+            turn.owner.store(self.id, Relaxed);
+            turn.kept.store(0, Relaxed);
+            self.turn_ends.store(now + self.slice, Relaxed);
+        }
+        self.leave();
+        self.holds(now);
+    }
+
+    /// Writes on the board who holds the gate.
+    #[inline]
+    pub fn holds(&self, now: Micros) {
+        self.has_asked.store(true, Relaxed);
+        self.at().holder.0.store(u64::from(self.pid) << 40 | (now / 1000) & ((1 << 40) - 1), Relaxed);
+    }
+
+    /// The flock will be unlocked now.
+    #[inline]
+    pub fn releases_now(&self) {
+        self.at().holder.0.store(0, Relaxed);
+    }
+
+    /// The flock was unlocked while somebody waited: says who is next. [`Seat::wake`] then wakes it.
+    pub fn released(&self, now: Micros) {
+        let board = self.at();
+        board.turn.0.releases.fetch_add(1, SeqCst);
+        self.released.store(now, Relaxed);
+        if board.queued.0.load(Relaxed) & ANYBODY != 0 {
+            board.queued.0.fetch_and(!ANYBODY, SeqCst);
+            self.wakes_all.store(true, Relaxed);
+        }
+        if self.has_turn(now) && self.is_tight.load(Relaxed) {
+            self.owes.store(true, Relaxed);
+            board.turn.0.kept.store(self.turn_ends.load(Relaxed), Relaxed);
+        } else {
+            self.hand_over(now);
+        }
+    }
+
+    fn hand_over(&self, now: Micros) {
+        self.owes.store(false, Relaxed);
+        let board = self.at();
+        board.turn.0.kept.store(0, Relaxed);
+        let Some((next, lease)) = board.next(now) else { return };
+        if board.reserve(next.id, now, lease) && next.is_asleep {
+            self.wake.store(u32::try_from(next.slot).map_or(0, |slot| slot + 1), Relaxed);
+        }
+    }
+
+    /// The connection has given up its last lock of a transaction.
+    #[inline]
+    pub fn transaction_over(&self, now: impl Fn() -> Micros) {
+        let has_asked = self.has_asked.swap(false, Relaxed);
+        self.is_writer.store(has_asked, Relaxed);
+        let turn = &self.at().turn.0;
+        if turn.exclusive.load(Relaxed) != 0 {
+            turn.leaves.fetch_add(1, SeqCst);
+            sys::futex_wake(&turn.leaves, 1);
+        }
+        if !has_asked && self.ticket.load(Relaxed) != 0 {
+            self.give_up_turn(now());
+        }
+        self.wake();
+    }
+
+    /// It has waited for a lock that it could not get because of a writer, and then did not write itself.
+    #[inline(never)]
+    fn give_up_turn(&self, now: Micros) {
+        self.leave();
+        if self.unreserve() {
+            self.hand_over(now);
+        }
+    }
+
+    /// If the gate is reserved for this seat, it is no longer. Called when the seat was refused all the same: some do not
+    /// look at the board. To be told once more that it is next would only use up its attempts.
+    pub fn unreserve(&self) -> bool {
+        let reservation = &self.at().turn.0.reservation;
+        let old = reservation.load(SeqCst);
+        // If it changed meanwhile, it is somebody else's.
+        halves(old)[0] == self.id && reservation.compare_exchange(old, 0, SeqCst, SeqCst).is_ok()
+    }
+
+    /// Did its last transaction ask for the gate?
+    pub fn is_writer(&self) -> bool {
+        self.is_writer.load(Relaxed)
+    }
+
+    /// EXCLUSIVE is about to be asked for. What is returned is for [`Seat::wait_exclusive`].
+    #[inline]
+    pub fn wants_exclusive(&self) -> u32 {
+        let turn = &self.at().turn.0;
+        turn.exclusive.store(1, SeqCst);
+        turn.leaves.load(SeqCst)
+    }
+
+    /// EXCLUSIVE was granted, or is given up.
+    #[inline]
+    pub fn exclusive_over(&self) {
+        let exclusive = &self.at().turn.0.exclusive;
+        if exclusive.load(Relaxed) != 0 {
+            exclusive.store(0, SeqCst);
+        }
+    }
+
+    /// Sleeps until a connection gives up SHARED, for at most `limit`.
+    pub fn wait_exclusive(&self, limit: Micros, seen: u32) -> Waited {
+        self.wait_word(&self.at().turn.0.leaves, limit, seen)
+    }
+
+    /// Sleeps until the gate is released, for at most `limit`; many can do that at once.
+    pub fn wait_release(&self, limit: Micros, seen: u32) -> Waited {
+        self.at().queued.0.fetch_or(ANYBODY, SeqCst);
+        self.wait_word(&self.at().turn.0.releases, limit, seen)
+    }
+
+    fn wait_word(&self, word: &AtomicU32, limit: Micros, seen: u32) -> Waited {
+        let start = sys::micros();
+        let end = start + limit;
+        let mut now = start;
+        while word.load(SeqCst) == seen && now < end {
+            sys::futex_wait(word, seen, end - now);
+            now = sys::micros().max(now);
+        }
+        Waited { micros: now - start, is_next: now < end }
+    }
+
+    /// Wakes whoever is next. Apart from [`Seat::released`], since that one would run into the SHARED lock, or the
+    /// processor, of a connection that is not yet through with its transaction.
+    #[inline]
+    pub fn wake(&self) {
+        if self.wake.load(Relaxed) != 0 || self.wakes_all.load(Relaxed) {
+            self.wake_now();
+        }
+    }
+
+    #[inline(never)]
+    fn wake_now(&self) {
+        if self.wakes_all.swap(false, Relaxed) {
+            sys::futex_wake(&self.at().turn.0.releases, i32::MAX);
+        }
+        let index = self.wake.swap(0, Relaxed);
+        if index != 0 {
+            let slot = self.at().slot(index as usize - 1);
+            slot.word.fetch_add(1, SeqCst);
+            sys::futex_wake(&slot.word, 1);
+        }
+    }
+
+    /// Sleeps until it is this seat's turn, for at most `limit`. `seen`: [`Seat::releases`], from before the refusal.
+    /// `is_free` tries the flock and unlocks it again: some who hold it do not know of the board, and some die.
+    pub fn wait(&self, limit: Micros, seen: u32, is_free: impl Fn() -> bool) -> Waited {
+        let board = self.at();
+        let start = sys::micros();
+        let end = start + limit;
+        let (mut now, mut seen, mut polls) = (start, seen, 0_u32);
+        let mut has_polled = false;
+        loop {
+            if self.ticket.load(Relaxed) == 0 {
+                self.ticket.store(board.tickets.0.fetch_add(1, Relaxed) + 1, Relaxed);
+            }
+            let Some(slot) = self.publish(now) else {
+                std::thread::sleep(std::time::Duration::from_micros(end.saturating_sub(now)));
+                return Waited { micros: limit, is_next: false };
+            };
+            let ticket = self.ticket.load(Relaxed);
+            let before = board.waiters(now).filter(|other| other.is_asleep && other.ticket < ticket).count();
+            let pause = (POLL * (before as Micros + 1)).min(SLOWEST_POLL);
+            slot.due.store(now + pause + GRACE, SeqCst);
+            let word = slot.word.load(SeqCst);
+            slot.state.store(u64::from(self.id) << 8 | IS_ASLEEP, SeqCst);
+
+            let releases = self.releases();
+            let is_released = releases != seen;
+            let is_doubtful = board.holder().is_none() || (has_polled && polls % DISTRUST == 0);
+            let is_next = match board.reserved(now) {
+                Some(id) => id == self.id,
+                // Within the owner's slice the flock is free between its transactions.
+                None => {
+                    before == 0
+                        && (is_released || has_polled)
+                        && !is_ahead(board.turn.0.kept.load(Relaxed), now + 1)
+                        && is_doubtful
+                        && is_free()
+                        && board.reserve(self.id, now, LEASE)
+                }
+            };
+            if is_next || now >= end {
+                slot.refusals.store(0, Relaxed);
+                slot.due.store(now + AWAY, SeqCst);
+                slot.state.store(u64::from(self.id) << 8 | IS_AWAY, SeqCst);
+                return Waited { micros: now - start, is_next };
+            }
+            seen = releases;
+            let pause = pause.min(end - now);
+            sys::futex_wait(&slot.word, word, pause);
+            let slept_from = now;
+            now = sys::micros().max(now);
+            has_polled = now - slept_from >= pause;
+            polls += u32::from(has_polled);
+        }
+    }
+
+    /// Gives up waiting.
+    pub fn leave(&self) {
+        self.ticket.store(0, Relaxed);
+        let index = self.slot.swap(NO_SLOT, Relaxed) as usize;
+        if index >= SLOTS {
+            return;
+        }
+        let slot = self.at().slot(index);
+        let state = slot.state.load(SeqCst);
+        let is_ours = state >> 8 == u64::from(self.id);
+        if is_ours && slot.state.compare_exchange(state, FREE, SeqCst, SeqCst).is_ok() {
+            self.at().queued.0.fetch_and(!(1 << index), SeqCst);
+        }
+    }
+}
+
+impl<B: AsRef<Board>> Drop for Seat<B> {
+    fn drop(&mut self) {
+        self.leave();
+        self.wake();
+    }
+}
+
+#[allow(clippy::cast_possible_truncation)] // 64
+const NO_SLOT: u32 = SLOTS as u32;
+
+#[allow(clippy::cast_possible_truncation)] // that is what it is for
+fn low(now: Micros) -> u32 {
+    now as u32
+}
+
+#[allow(clippy::cast_possible_truncation)] // of a number that was shifted by 32 bits, or whose upper half is not asked for
+fn halves(word: u64) -> [u32; 2] {
+    [(word >> 32) as u32, word as u32]
+}
+
+/// True if `date` lies ahead, but not absurdly far.
+fn is_ahead(date: Micros, now: Micros) -> bool {
+    (now..=now + HORIZON).contains(&date)
+}

@@ -1,0 +1,129 @@
+//! xSleep: the time between a refusal and the next attempt.
+//!
+//! SQLite's busy handler (`sqlite3_busy_timeout`) sleeps 1, 2, 5, 10 … 100 ms through `xSleep` of the connection's VFS, and
+//! adds up *what it asked for*. So the sleep can end early, when the gate is reserved for this connection, and then must
+//! nearly always end in success, since the attempts are numbered, too.
+//!
+//! ## Key operations
+//! A refusal leaves a note in the thread ([`refused`]), which the next xSleep of the thread takes ([`sleep`]): "this seat
+//! wants the gate". Without a fresh note the real VFS sleeps, in full: `sqlite3_sleep()` has nothing to do with us.
+//!
+//! ## Invariants
+//! - A wait is never shorter than SQLite asked for, taken over all its sleeps, unless the gate was had: what was not slept
+//!   because a sleep ended early, and to no avail, is slept later.
+//! - Nor is it longer by more than [`OVERDRAFT`]: a wait for the gate takes that much of its later sleeps in advance. An
+//!   attempt in between would be refused, and disturb: in rollback mode it takes SHARED, which the owner's COMMIT waits for.
+//!
+//! Uses: `hint`, `queue`, `sys`.
+
+use std::cell::RefCell;
+use std::sync::{Arc, Weak};
+use std::time::Duration;
+
+use crate::hint::SharedHint;
+use crate::queue::{Micros, Seat, Waited};
+use crate::sys;
+
+/// A connection's seat.
+pub type ConnectionSeat = Seat<SharedHint>;
+
+/// How much longer than asked for a connection sleeps, in all, before it tries again.
+const OVERDRAFT: Micros = 12_000;
+/// A note that is older than this was for a sleep that did not come.
+const FRESH: Micros = 20_000;
+
+/// What a connection waits for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Want {
+    /// Its turn to acquire the gate.
+    Gate,
+    /// Any release of the gate: it wants to read, in rollback mode.
+    Release,
+    /// That others give up SHARED, so that it gets EXCLUSIVE.
+    Exclusive,
+}
+
+/// How many sleeps of one wait may end early because of something that can happen again before we are there. (A turn that
+/// is reserved cannot.) All sleeps of a busy timeout of 5 s are 60.
+const EARLY: u32 = 8;
+
+/// What the thread knows of its last refusal.
+#[derive(Debug)]
+struct Note {
+    seat: Weak<ConnectionSeat>,
+    want: Want,
+    /// How many sleeps of this wait have ended early.
+    early: u32,
+    /// [`Seat::releases`], or for EXCLUSIVE [`Seat::wants_exclusive`], from before the refusal.
+    seen: u32,
+    /// When it was refused, and not slept since; 0: it has.
+    refused: Micros,
+    /// What earlier sleeps of this wait have left of the [`OVERDRAFT`], and of what they were asked for.
+    balance: Micros,
+    /// What the last sleep of this wait was asked for.
+    requested: Micros,
+}
+
+thread_local! {
+    static NOTE: RefCell<Option<Note>> = const { RefCell::new(None) };
+}
+
+/// What `seat` wants was refused, in this thread. `seen`: [`Seat::releases`] or [`Seat::wants_exclusive`], from before.
+pub fn refused(seat: &Arc<ConnectionSeat>, want: Want, seen: u32, now: Micros) {
+    with_note(|note| {
+        let seat = Arc::downgrade(seat);
+        // The same wait goes on, as long as it is the same connection's and the sleeps get no shorter.
+        let (balance, requested, early) = match note {
+            Some(old) if old.seat.ptr_eq(&seat) => (old.balance, old.requested, old.early),
+            _ => (OVERDRAFT, 0, 0),
+        };
+        *note = Some(Note { seat, want, early, seen, refused: now, balance, requested });
+    });
+}
+
+/// The gate was acquired, in this thread, after waiting for it: the wait is over.
+pub fn over() {
+    with_note(|note| *note = None);
+}
+
+/// xSleep: sleeps for `requested`, or until it is this thread's connection's turn. `real` is the real VFS's.
+pub fn sleep(requested: Micros, real: impl FnOnce()) {
+    let now = sys::micros();
+    let pending = with_note(|note| {
+        let note = note.as_mut()?;
+        let is_fresh = note.refused != 0 && now.saturating_sub(note.refused) <= FRESH;
+        note.refused = 0;
+        if requested < note.requested || !is_fresh {
+            (note.balance, note.early) = (OVERDRAFT, 0); // another wait than the last one
+        }
+        note.requested = requested;
+        let seat = note.seat.upgrade().filter(|_| is_fresh)?;
+        Some((seat, note.want, note.seen, note.balance, note.early))
+    });
+    let Some((seat, want, seen, balance, early)) = pending.flatten() else { return real() };
+    let limit = match want {
+        Want::Gate => requested + balance,
+        // These are not sure of success when they return: the overdraft stays.
+        Want::Release | Want::Exclusive => requested + balance.saturating_sub(OVERDRAFT),
+    };
+    let Waited { micros, is_next } = match want {
+        Want::Gate => seat.wait(limit, seen, || seat.board().0.is_free()),
+        Want::Release if early < EARLY => seat.wait_release(limit, seen),
+        Want::Exclusive if early < EARLY => seat.wait_exclusive(limit, seen),
+        Want::Release | Want::Exclusive => {
+            std::thread::sleep(Duration::from_micros(limit));
+            Waited { micros: limit, is_next: false }
+        }
+    };
+    with_note(|note| {
+        if let Some(note) = note {
+            note.balance = (requested + balance).saturating_sub(micros);
+            note.early += u32::from(is_next);
+        }
+    });
+}
+
+/// Nothing if the thread is about to end, and its note is gone.
+fn with_note<T>(body: impl FnOnce(&mut Option<Note>) -> T) -> Option<T> {
+    NOTE.try_with(|note| body(&mut note.borrow_mut())).ok()
+}
