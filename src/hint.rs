@@ -30,7 +30,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::Path;
 use std::ptr::NonNull;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, TryLockError, Weak};
 
 use crate::fork;
 use crate::queue::Board;
@@ -40,6 +40,8 @@ use crate::sys::{self, Create, FileId};
 const SIZE: usize = size_of::<Board>().next_multiple_of(4096);
 const _: () = assert!(align_of::<Board>() <= 4096, "mmap(2) gives page-aligned memory");
 
+/// What the memory is called, in `/proc/PID/fd`.
+const MEMORY_NAME: &str = "kanbanlock-queue";
 /// How a hint file of ours begins.
 const TITLE: &str = "kanbanlock queue 1\n";
 /// More than any of ours is long.
@@ -102,9 +104,15 @@ fn because<T>(text: impl Into<String>) -> Result<T, NoBoard> {
 /// The boards that connections of this process sit at.
 static BOARDS: Mutex<Vec<Weak<Hint>>> = Mutex::new(Vec::new());
 
-fn boards() -> MutexGuard<'static, Vec<Weak<Hint>>> {
-    // A push or a retain leaves the list whole.
-    BOARDS.lock().unwrap_or_else(PoisonError::into_inner)
+/// `None`: another thread is at it; or was, when this process was forked, and then it stays so. Nothing is lost but a few
+/// descriptors that could have been shared.
+fn boards() -> Option<MutexGuard<'static, Vec<Weak<Hint>>>> {
+    match BOARDS.try_lock() {
+        Ok(boards) => Some(boards),
+        // A push or a retain leaves the list whole.
+        Err(TryLockError::Poisoned(poisoned)) => Some(poisoned.into_inner()),
+        Err(TryLockError::WouldBlock) => None,
+    }
 }
 
 /// The board of the lock file at `path`, which is open as `lock_file`. `may_create`: make a hint file if there is none.
@@ -113,17 +121,21 @@ fn boards() -> MutexGuard<'static, Vec<Weak<Hint>>> {
 ///
 /// [`NoBoard`]. Then there is nothing but polling.
 pub fn find(path: &CStr, lock_file: FileId, may_create: bool) -> Result<SharedHint, NoBoard> {
-    let mut boards = boards();
-    boards.retain(|board| board.strong_count() > 0);
-    let known = boards.iter().filter_map(Weak::upgrade).find(|hint| hint.lock_file == lock_file);
-    if let Some(hint) = known.filter(|hint| hint.is_current()) {
-        return Ok(SharedHint(hint));
+    if let Some(mut boards) = boards() {
+        boards.retain(|board| board.strong_count() > 0);
+        let known = boards.iter().filter_map(Weak::upgrade);
+        let mut known = known.filter(|hint| hint.lock_file == lock_file && hint.is_current());
+        if let Some(hint) = known.next() {
+            return Ok(SharedHint(hint));
+        }
     }
     let mut hint_path = path.to_bytes().to_vec();
     hint_path.extend_from_slice(b"-queue");
     let hint_path = CString::new(hint_path).unwrap_or_default();
     let hint = Arc::new(open(path, &hint_path, lock_file, may_create)?);
-    boards.push(Arc::downgrade(&hint));
+    if let Some(mut boards) = boards() {
+        boards.push(Arc::downgrade(&hint));
+    }
     Ok(SharedHint(hint))
 }
 
@@ -192,7 +204,7 @@ fn read(file: &mut File) -> io::Result<String> {
 
 /// New memory, and where it is into the hint file.
 fn make(path: &CStr, lock_file: FileId, file: &mut File) -> Result<Option<(OwnedFd, String)>, NoBoard> {
-    let memory = sys::sealed_memory(c"kanbanlock-queue", SIZE)?;
+    let memory = sys::sealed_memory(MEMORY_NAME, SIZE)?;
     // The memory's mode decides, beside ptrace's rules, who may open it through /proc.
     sys::fchmod(memory.as_fd(), sys::stat(path)?.mode & 0o777)?;
     let mapping = Mapping::new(&memory)?;
@@ -243,7 +255,7 @@ impl Place {
         if self.namespace != pid_namespace()? {
             return because("it belongs to processes of another pid namespace (another container)");
         }
-        let memory = match sys::reopen_of_process(self.pid, self.fd) {
+        let memory = match sys::reopen_sealed_memory(self.pid, self.fd, MEMORY_NAME) {
             Ok(memory) => memory,
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
             Err(error) => return because(format!("the memory of process {}: {error}", self.pid)),
@@ -297,11 +309,14 @@ impl Hint {
         Ok(Hint { board, lock_file, memory, probe, file, text, generation: fork::generation() })
     }
 
+    /// True in the child of a fork, for what the parent opened.
+    pub fn is_inherited(&self) -> bool {
+        self.generation != fork::generation()
+    }
+
     /// True while the hint file leads to this board. (Not in the child of a fork.)
     pub fn is_current(&self) -> bool {
-        let Some(file) = self.file.as_ref().filter(|_| self.generation == fork::generation()) else {
-            return false;
-        };
+        let Some(file) = self.file.as_ref().filter(|_| !self.is_inherited()) else { return false };
         let mut text = [0; LONGEST];
         let is_linked = sys::fstat(file.as_fd()).is_ok_and(|attributes| attributes.links > 0);
         is_linked && file.read_at(&mut text, 0).is_ok_and(|length| text[..length] == *self.text.as_bytes())
@@ -309,9 +324,7 @@ impl Hint {
 
     /// True if nobody holds the flock of the lock file: takes it, and gives it back.
     pub fn is_free(&self) -> bool {
-        let Some(probe) = self.probe.as_ref().filter(|_| self.generation == fork::generation()) else {
-            return false;
-        };
+        let Some(probe) = self.probe.as_ref().filter(|_| !self.is_inherited()) else { return false };
         let is_free = sys::flock_exclusive_nb(probe.as_fd()).unwrap_or(false);
         if is_free {
             let _ = sys::flock_unlock(probe.as_fd());
@@ -322,7 +335,7 @@ impl Hint {
 
 impl Drop for Hint {
     fn drop(&mut self) {
-        let is_inherited = self.generation != fork::generation();
+        let is_inherited = self.is_inherited();
         let files = [self.memory.take(), self.probe.take(), self.file.take().map(OwnedFd::from)];
         for fd in files.into_iter().flatten() {
             if is_inherited {

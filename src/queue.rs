@@ -455,6 +455,7 @@ impl<B: AsRef<Board>> Seat<B> {
     /// The flock will be unlocked now.
     #[inline]
     pub fn releases_now(&self) {
+        self.exclusive_over();
         self.at().holder.0.store(0, Relaxed);
     }
 

@@ -10,7 +10,7 @@
 //!
 //! Uses: nothing.
 
-use std::ffi::{CStr, c_int};
+use std::ffi::{CStr, CString, c_int};
 use std::io;
 use std::mem::MaybeUninit;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
@@ -283,9 +283,16 @@ pub fn reopen(fd: BorrowedFd<'_>, access_mode: c_int) -> io::Result<OwnedFd> {
     reopen_link(&format!("/proc/self/fd/{}\0", fd.as_raw_fd()), access_mode)
 }
 
-/// The same of descriptor `fd` of process `pid`, for reading and writing.
-pub fn reopen_of_process(pid: u32, fd: u32) -> io::Result<OwnedFd> {
-    reopen_link(&format!("/proc/{pid}/fd/{fd}\0"), libc::O_RDWR)
+/// The same of descriptor `fd` of process `pid`, for reading and writing, if it is memory that [`sealed_memory`] has called
+/// `name`: "memfd: … the target of the corresponding symbolic link in /proc/self/fd/ and is always prefixed with memfd:",
+/// memfd_create(2). ENOENT if it is anything else: a process number comes again, and to open a device does something.
+pub fn reopen_sealed_memory(pid: u32, fd: u32, name: &str) -> io::Result<OwnedFd> {
+    let link = format!("/proc/{pid}/fd/{fd}");
+    let target = std::fs::read_link(&link)?;
+    if !target.to_string_lossy().starts_with(&format!("/memfd:{name} ")) {
+        return Err(io::Error::from(io::ErrorKind::NotFound));
+    }
+    reopen_link(&format!("{link}\0"), libc::O_RDWR)
 }
 
 /// `link`: NUL-terminated.
@@ -382,7 +389,8 @@ const SEALS: c_int = libc::F_SEAL_SHRINK | libc::F_SEAL_GROW | libc::F_SEAL_SEAL
 /// A new memory file of `size` zero bytes that nobody can resize: memfd_create(2), ftruncate(2), and fcntl(2),
 /// F_ADD_SEALS. F_SEAL_SHRINK: "If this seal is set, the file in question cannot be reduced in size": so memory mapped
 /// from it cannot raise SIGBUS.
-pub fn sealed_memory(name: &CStr, size: usize) -> io::Result<OwnedFd> {
+pub fn sealed_memory(name: &str, size: usize) -> io::Result<OwnedFd> {
+    let name = CString::new(name)?;
     // SAFETY: `name` is NUL-terminated.
     let fd = unsafe { libc::memfd_create(name.as_ptr(), libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING) };
     check(fd)?;

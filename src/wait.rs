@@ -97,7 +97,7 @@ pub fn sleep(requested: Micros, real: impl FnOnce()) {
             (note.balance, note.early) = (OVERDRAFT, 0); // another wait than the last one
         }
         note.requested = requested;
-        let seat = note.seat.upgrade().filter(|_| is_fresh)?;
+        let seat = note.seat.upgrade().filter(|seat| is_fresh && !seat.board().0.is_inherited())?;
         Some((seat, note.want, note.seen, note.balance, note.early))
     });
     let Some((seat, want, seen, balance, early)) = pending.flatten() else { return real() };
