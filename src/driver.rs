@@ -142,7 +142,8 @@ impl<G: Gate> Driver<G> {
             Ok(()) => {}
         }
         let code = real.x_shm_lock(offset, count, flags);
-        let (after, row) = self.state.get().shm_done(request, reply(code));
+        let before = self.state.get();
+        let (after, row) = before.shm_done(request, reply(code));
         if code == rc::OK {
             self.watch_snapshot(request, around);
         }
@@ -151,7 +152,8 @@ impl<G: Gate> Driver<G> {
             let _ = real.unlock_ckpt();
         }
         self.settle(after);
-        if matches!(request, ShmRequest::Unlock(slots) if slots.intersects(ShmSlots::READS)) {
+        // Not after READ was held exclusively, to move a read mark before the transaction or to restart the WAL in it.
+        if matches!(request, ShmRequest::Unlock(slots) if before.shares(slots & ShmSlots::READS)) {
             self.transaction_over();
         }
         code

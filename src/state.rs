@@ -181,6 +181,12 @@ impl State {
         State { policy, ..self }
     }
 
+    /// True if this file holds one of `slots` shared: if a READ slot, it is in a read transaction.
+    #[inline]
+    pub fn shares(&self, slots: ShmSlots) -> bool {
+        self.shared.intersects(slots)
+    }
+
     /// The level that SQLite holds through this file.
     pub fn level(&self) -> LockLevel {
         self.level
