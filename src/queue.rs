@@ -30,9 +30,14 @@
 //! Uses: `sys`.
 
 use std::sync::atomic::Ordering::{Relaxed, SeqCst};
+#[cfg(not(test))]
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64};
 
+#[cfg(not(test))]
 use crate::sys;
+// Unit tests decide who runs when, and what time it is.
+#[cfg(test)]
+use crate::tests::world::{self as sys, AtomicBool, AtomicU32, AtomicU64};
 
 /// Microseconds of [`sys::micros`].
 pub type Micros = u64;
@@ -184,18 +189,15 @@ impl Board {
 
     /// The seat that the gate is reserved for.
     fn reserved(&self, now: Micros) -> Option<u32> {
-        let reservation = self.turn.0.reservation.load(SeqCst);
-        let [id, end] = halves(reservation);
-        let left = end.wrapping_sub(low(now));
-        (id != 0 && left != 0 && Micros::from(left) <= RESCUE_LONGEST).then_some(id)
+        reserved_for(self.turn.0.reservation.load(SeqCst), now)
     }
 
-    /// Reserves the gate for `id`, unless it is reserved. False: it is.
-    fn reserve(&self, id: u32, now: Micros, lease: Micros) -> bool {
-        let reservation = &self.turn.0.reservation;
-        let old = reservation.load(SeqCst);
-        let new = u64::from(id) << 32 | u64::from(low(now + lease));
-        self.reserved(now).is_none() && reservation.compare_exchange(old, new, SeqCst, SeqCst).is_ok()
+    /// Reserves the gate for `id`, unless it is reserved. False: it is, or somebody else has reserved or acquired it since
+    /// the reservation was `seen`.
+    fn reserve(&self, seen: u64, id: u32, now: Micros, lease: Micros) -> bool {
+        let new = reservation(id, now + lease);
+        let word = &self.turn.0.reservation;
+        reserved_for(seen, now).is_none() && word.compare_exchange(seen, new, SeqCst, SeqCst).is_ok()
     }
 
     /// Those that wait and are alive. Dead slots are freed on the way.
@@ -253,7 +255,7 @@ impl Board {
         let interval = slot.interval.load(Relaxed);
         let expected = slot.refused.load(Relaxed).saturating_add(interval);
         // It may be late: twice as long, and a little.
-        let lease = expected.saturating_sub(now) + interval + LEASE;
+        let lease = expected.saturating_sub(now).saturating_add(interval).saturating_add(LEASE);
         if lease > RESCUE_LONGEST {
             return None;
         }
@@ -388,7 +390,7 @@ impl<B: AsRef<Board>> Seat<B> {
         self.unreserve();
         let is_new = self.ticket.load(Relaxed) == 0;
         if is_new {
-            self.ticket.store(self.at().tickets.0.fetch_add(1, Relaxed) + 1, Relaxed);
+            self.draw();
         }
         if let Some(slot) = self.publish(now) {
             let since = now.saturating_sub(slot.refused.swap(now, Relaxed));
@@ -401,6 +403,13 @@ impl<B: AsRef<Board>> Seat<B> {
             slot.due.store(now + AWAY + 2 * slot.interval.load(Relaxed).min(RESCUE_LONGEST), SeqCst);
         }
         is_new
+    }
+
+    /// Draws a ticket.
+    fn draw(&self) {
+        let last = self.at().tickets.0.fetch_add(1, Relaxed);
+        // 0 would be none, and u64::MAX comes after all.
+        self.ticket.store(last.wrapping_add(1).max(1), Relaxed);
     }
 
     /// The seat's slot, on the board; claimed if it has none, or has lost it because it was late.
@@ -433,7 +442,13 @@ impl<B: AsRef<Board>> Seat<B> {
     /// The seat has the flock.
     pub fn acquired(&self, now: Micros) {
         let turn = &self.at().turn.0;
-        self.unreserve();
+        // Over long ago, and unlike any other: whoever has looked at the board before that, and is about to reserve the gate
+        // for one that slept then, this seat above all, sees that somebody has had it since.
+        let seen = turn.reservation.load(SeqCst);
+        if reserved_for(seen, now).is_none_or(|id| id == self.id) {
+            let over = reservation(self.id, now.saturating_sub(HORIZON));
+            let _ = turn.reservation.compare_exchange(seen, over, SeqCst, SeqCst);
+        }
         self.owes.store(false, Relaxed);
         let has_waited = self.ticket.swap(0, Relaxed) != 0;
         if has_waited || !self.has_turn(now) {
@@ -480,8 +495,10 @@ impl<B: AsRef<Board>> Seat<B> {
         self.owes.store(false, Relaxed);
         let board = self.at();
         board.turn.0.kept.store(0, Relaxed);
+        self.unreserve();
+        let seen = board.turn.0.reservation.load(SeqCst);
         let Some((next, lease)) = board.next(now) else { return };
-        if board.reserve(next.id, now, lease) && next.is_asleep {
+        if board.reserve(seen, next.id, now, lease) && next.is_asleep {
             self.wake.store(u32::try_from(next.slot).map_or(0, |slot| slot + 1), Relaxed);
         }
     }
@@ -518,6 +535,12 @@ impl<B: AsRef<Board>> Seat<B> {
         let old = reservation.load(SeqCst);
         // If it changed meanwhile, it is somebody else's.
         halves(old)[0] == self.id && reservation.compare_exchange(old, 0, SeqCst, SeqCst).is_ok()
+    }
+
+    /// The number that it waits with; 0: it does not.
+    #[cfg(test)]
+    pub fn ticket(&self) -> u64 {
+        self.ticket.load(Relaxed)
     }
 
     /// Did its last transaction ask for the gate?
@@ -596,14 +619,16 @@ impl<B: AsRef<Board>> Seat<B> {
         let mut has_polled = false;
         loop {
             if self.ticket.load(Relaxed) == 0 {
-                self.ticket.store(board.tickets.0.fetch_add(1, Relaxed) + 1, Relaxed);
+                self.draw();
             }
             let Some(slot) = self.publish(now) else {
-                std::thread::sleep(std::time::Duration::from_micros(end.saturating_sub(now)));
+                sys::sleep(end.saturating_sub(now));
                 return Waited { micros: limit, is_next: false };
             };
             let ticket = self.ticket.load(Relaxed);
-            let before = board.waiters(now).filter(|other| other.is_asleep && other.ticket < ticket).count();
+            let ahead =
+                || board.waiters(now).filter(|other| other.is_asleep && other.ticket < ticket).count();
+            let before = ahead();
             let pause = (POLL * (before as Micros + 1)).min(SLOWEST_POLL);
             slot.due.store(now + pause + GRACE, SeqCst);
             let word = slot.word.load(SeqCst);
@@ -612,16 +637,19 @@ impl<B: AsRef<Board>> Seat<B> {
             let releases = self.releases();
             let is_released = releases != seen;
             let is_doubtful = board.holder().is_none() || (has_polled && polls % DISTRUST == 0);
-            let is_next = match board.reserved(now) {
+            let reservation = board.turn.0.reservation.load(SeqCst);
+            let is_next = match reserved_for(reservation, now) {
                 Some(id) => id == self.id,
                 // Within the owner's slice the flock is free between its transactions.
                 None => {
-                    before == 0
-                        && (is_released || has_polled)
+                    (is_released || has_polled)
+                        // Counted again: whoever was ahead may have had the gate and released it since, and have seen
+                        // nobody asleep.
+                        && ahead() == 0
                         && !is_ahead(board.turn.0.kept.load(Relaxed), now + 1)
                         && is_doubtful
                         && is_free()
-                        && board.reserve(self.id, now, LEASE)
+                        && board.reserve(reservation, self.id, now, LEASE)
                 }
             };
             if is_next || now >= end {
@@ -674,6 +702,18 @@ fn low(now: Micros) -> u32 {
 #[allow(clippy::cast_possible_truncation)] // of a number that was shifted by 32 bits, or whose upper half is not asked for
 fn halves(word: u64) -> [u32; 2] {
     [(word >> 32) as u32, word as u32]
+}
+
+/// For `id`, until `end`.
+fn reservation(id: u32, end: Micros) -> u64 {
+    u64::from(id) << 32 | u64::from(low(end))
+}
+
+/// Whom this reservation keeps the gate for.
+fn reserved_for(reservation: u64, now: Micros) -> Option<u32> {
+    let [id, end] = halves(reservation);
+    let left = end.wrapping_sub(low(now));
+    (id != 0 && left != 0 && Micros::from(left) <= RESCUE_LONGEST).then_some(id)
 }
 
 /// True if `date` lies ahead, but not absurdly far.

@@ -366,6 +366,11 @@ pub fn micros() -> u64 {
     now.tv_sec.unsigned_abs() * 1_000_000 + now.tv_nsec.unsigned_abs() / 1000
 }
 
+/// Sleeps for `micros`.
+pub fn sleep(micros: u64) {
+    std::thread::sleep(std::time::Duration::from_micros(micros));
+}
+
 /// Sleeps while `*word == expected`, for at most `micros`: futex(2), FUTEX_WAIT on a word in shared memory. Returns after a
 /// wake, a changed word, a signal or the time, and does not say which. The timeout is "a relative timeout", measured on
 /// CLOCK_MONOTONIC.

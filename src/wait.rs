@@ -18,7 +18,6 @@
 
 use std::cell::RefCell;
 use std::sync::{Arc, Weak};
-use std::time::Duration;
 
 use crate::hint::SharedHint;
 use crate::queue::{Micros, Seat, Waited};
@@ -111,7 +110,7 @@ pub fn sleep(requested: Micros, real: impl FnOnce()) {
         Want::Release if early < EARLY => seat.wait_release(limit, seen),
         Want::Exclusive if early < EARLY => seat.wait_exclusive(limit, seen),
         Want::Release | Want::Exclusive => {
-            std::thread::sleep(Duration::from_micros(limit));
+            sys::sleep(limit);
             Waited { micros: limit, is_next: false }
         }
     };

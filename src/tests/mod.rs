@@ -15,6 +15,8 @@
 mod layout;
 mod model;
 mod poison;
+mod queue;
 mod simulation;
 mod transitions;
 mod unix_locks;
+pub mod world;
