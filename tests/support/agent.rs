@@ -19,6 +19,8 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
 
 use rusqlite::Connection;
 use serde::{Deserialize, Serialize};
@@ -68,6 +70,58 @@ pub enum Task {
     Mark(PathBuf),
     /// An order to the database handle of that number; the reply is its [`Answer`] in JSON.
     Handle(usize, Order),
+    /// The same, without waiting for the handle's answer …
+    HandleLater(usize, Order),
+    /// … which this one asks for.
+    HandleAnswer(usize),
+    /// `execute_batch` as [`Timed`], in JSON.
+    Timed(String),
+    /// Short write transactions, one after the other; the reply is a [`Tally`] in JSON.
+    Storm(Storm),
+}
+
+/// Inserts `(writer, 0)`, `(writer, 1)` … into `t (writer, number)`, each in a transaction of its own.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Storm {
+    pub uri: String,
+    /// It begins when nobody holds the flock on this file.
+    pub start: PathBuf,
+    pub millis: u64,
+    pub patience: Patience,
+    pub writer: usize,
+    /// Bytes of ballast in each row.
+    pub ballast: usize,
+}
+
+/// A busy handler.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Patience {
+    /// SQLite's own, of so many milliseconds.
+    Timeout(u64),
+    /// Sleeps so many milliseconds by itself each time.
+    Sleeps(u64),
+    /// Ditto, of 1 to so many milliseconds.
+    SleepsUpTo(u64),
+}
+
+/// What a [`Storm`] came to.
+#[derive(Clone, Copy, Debug, Default, Serialize, Deserialize)]
+pub struct Tally {
+    pub commits: u64,
+    /// How often the answer was SQLITE_BUSY.
+    pub busy: u64,
+    /// The longest transaction, in microseconds.
+    pub longest: u64,
+    /// The largest size of `<db>-wal` that was seen, in bytes.
+    pub wal: u64,
+}
+
+/// What [`Task::Timed`] came to.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Timed {
+    pub reply: Reply,
+    /// How long it took, in microseconds.
+    pub micros: u64,
 }
 
 /// A reply: text, or SQLite's extended result code and message.
@@ -208,6 +262,77 @@ impl Agent {
         Some(serde_json::from_str(&answer.unwrap()).unwrap())
     }
 
+    /// The answer to [`Task::Timed`].
+    pub fn receive_timed(&mut self) -> Timed {
+        serde_json::from_str(&self.receive().unwrap()).unwrap()
+    }
+
+    pub fn execute_timed(&mut self, sql: &str) -> Timed {
+        self.send(&Task::Timed(sql.to_owned()));
+        self.receive_timed()
+    }
+
+    /// The answer to [`Task::Storm`].
+    pub fn receive_tally(&mut self) -> Tally {
+        serde_json::from_str(&self.receive().unwrap()).unwrap()
+    }
+
+    /// SIGSTOP, SIGCONT.
+    pub fn signal(&self, signal: rustix::process::Signal) {
+        let pid = rustix::process::Pid::from_raw(i32::try_from(self.pid()).unwrap()).unwrap();
+        rustix::process::kill_process(pid, signal).unwrap();
+    }
+
+    /// Waits until one of the agent's threads sleeps in the queue: in futex(2), on a word of the queue's memory. In a stock
+    /// process: in the sleep of SQLite's busy handler.
+    pub fn await_asleep(&self, is_queued: bool) {
+        let process = PathBuf::from(format!("/proc/{}", self.pid()));
+        self.await_call(|number, argument| {
+            if is_queued {
+                number == libc::SYS_futex
+                    && queue_memory(&process).iter().any(|range| range.contains(&argument))
+            } else {
+                number == libc::SYS_clock_nanosleep || number == libc::SYS_nanosleep
+            }
+        });
+    }
+
+    /// Waits until SIGSTOP has done its work.
+    pub fn await_stopped(&self) {
+        // "(5) …: One of the following characters", proc(5), /proc/pid/stat, after the name in parentheses.
+        let is_stopped = || {
+            let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.pid())).unwrap();
+            stat.rsplit(") ").next().is_some_and(|rest| rest.starts_with('T'))
+        };
+        while !is_stopped() {
+            std::thread::yield_now();
+        }
+    }
+
+    /// Waits until one of the agent's threads sleeps in flock(2).
+    pub fn await_flock(&self) {
+        self.await_call(|number, _| number == libc::SYS_flock);
+    }
+
+    /// Until one of its threads is in a system call of that number and first argument.
+    fn await_call(&self, is_it: impl Fn(libc::c_long, u64) -> bool) {
+        let threads = PathBuf::from(format!("/proc/{}/task", self.pid()));
+        loop {
+            for thread in std::fs::read_dir(&threads).unwrap() {
+                // "the system call number …, followed by the values of its arguments", proc(5).
+                let call =
+                    std::fs::read_to_string(thread.unwrap().path().join("syscall")).unwrap_or_default();
+                let mut fields = call.split_ascii_whitespace();
+                let number = fields.next().and_then(|number| number.parse().ok());
+                let argument = fields.next().and_then(|word| parse_hex(word.trim_start_matches("0x")));
+                if number.zip(argument).is_some_and(|(number, argument)| is_it(number, argument)) {
+                    return;
+                }
+            }
+            std::thread::sleep(Duration::from_micros(200)); // leaves the processor to it
+        }
+    }
+
     pub fn pid(&self) -> u32 {
         self.process.id()
     }
@@ -217,6 +342,22 @@ impl Agent {
         self.process.kill().unwrap();
         self.process.wait().unwrap();
     }
+}
+
+fn parse_hex(text: &str) -> Option<u64> {
+    u64::from_str_radix(text, 16).ok()
+}
+
+/// Where a process has mapped the queue's memory.
+fn queue_memory(process: &Path) -> Vec<std::ops::Range<u64>> {
+    let maps = std::fs::read_to_string(process.join("maps")).unwrap_or_default();
+    let queue = maps.lines().filter(|line| line.contains("/memfd:kanbanlock-queue"));
+    queue
+        .filter_map(|line| {
+            let (from, to) = line.split_once(' ')?.0.split_once('-')?;
+            Some(parse_hex(from)?..parse_hex(to)?)
+        })
+        .collect()
 }
 
 impl Drop for Agent {
@@ -290,7 +431,7 @@ impl Worker {
         match task {
             Task::Open(uri) => {
                 let db = Connection::open(uri).map_err(failure)?;
-                db.busy_timeout(std::time::Duration::ZERO).map_err(failure)?;
+                db.busy_timeout(Duration::ZERO).map_err(failure)?;
                 self.db = Some(db);
                 ok()
             }
@@ -343,9 +484,21 @@ impl Worker {
                 assert!(std::fs::metadata(path).is_err());
                 ok()
             }
+            Task::Timed(sql) => {
+                let start = Instant::now();
+                let reply = self.db().execute_batch(&sql).map_err(failure).and_then(|()| ok());
+                let micros = u64::try_from(start.elapsed().as_micros()).unwrap();
+                Ok(serde_json::to_string(&Timed { reply, micros }).unwrap())
+            }
+            Task::Storm(storm) => Ok(serde_json::to_string(&run_storm(&storm)).unwrap()),
             Task::Handle(number, order) => {
                 Ok(serde_json::to_string(&self.handles.obey(number, order)).unwrap())
             }
+            Task::HandleLater(number, order) => {
+                self.handles.give(number, order);
+                ok()
+            }
+            Task::HandleAnswer(number) => Ok(serde_json::to_string(&self.handles.answer_of(number)).unwrap()),
             Task::Log => {
                 let lines = super::log::lines_with("");
                 Ok(lines.into_iter().map(|(code, line)| format!("({code}) {line}\n")).collect())
@@ -389,6 +542,65 @@ fn execute_in_child(db: &Connection, sql: &str) -> Reply {
     assert_eq!(unsafe { libc::waitpid(pid, &raw mut status, 0) }, pid);
     Ok(if libc::WIFEXITED(status) && libc::WEXITSTATUS(status) == 1 { "refused" } else { "executed" }
         .to_owned())
+}
+
+/// The longest sleep of [`sleep_by_itself`] in milliseconds, and whether they are all as long.
+static SLEEP: AtomicU64 = AtomicU64::new(0);
+static IS_REGULAR: AtomicBool = AtomicBool::new(true);
+
+/// A busy handler as applications write them: SQLite's xSleep does not hear of it.
+fn sleep_by_itself(_count: i32) -> bool {
+    let longest = SLEEP.load(Ordering::Relaxed);
+    let millis = if IS_REGULAR.load(Ordering::Relaxed) { longest } else { fastrand::u64(1..=longest) };
+    std::thread::sleep(Duration::from_millis(millis));
+    true
+}
+
+/// As SQLite counts.
+pub fn integer(number: impl TryInto<i64, Error: std::fmt::Debug>) -> i64 {
+    number.try_into().unwrap()
+}
+
+fn run_storm(storm: &Storm) -> Tally {
+    let db = Connection::open(&storm.uri).unwrap();
+    match storm.patience {
+        Patience::Timeout(millis) => db.busy_timeout(Duration::from_millis(millis)).unwrap(),
+        Patience::Sleeps(millis) | Patience::SleepsUpTo(millis) => {
+            SLEEP.store(millis, Ordering::Relaxed);
+            IS_REGULAR.store(matches!(storm.patience, Patience::Sleeps(_)), Ordering::Relaxed);
+            db.busy_handler(Some(sleep_by_itself)).unwrap();
+        }
+    }
+    db.execute_batch("PRAGMA synchronous = OFF").unwrap();
+    let ballast = vec![0_u8; storm.ballast];
+    let wal = db.path().map(|path| format!("{path}-wal")).unwrap();
+    let mut begin = db.prepare("BEGIN IMMEDIATE").unwrap();
+    let mut insert = db.prepare("INSERT INTO t VALUES (?1, ?2, ?3)").unwrap();
+    let mut commit = db.prepare("COMMIT").unwrap();
+    let mut tally = Tally::default();
+    File::open(&storm.start).unwrap().lock_shared().unwrap();
+    let end = Instant::now() + Duration::from_millis(storm.millis);
+    while Instant::now() < end {
+        let start = Instant::now();
+        let mut transaction = || {
+            begin.execute([])?;
+            insert.execute((integer(storm.writer), integer(tally.commits), &ballast))?;
+            commit.execute([])
+        };
+        match transaction().map_err(failure) {
+            Ok(_) => tally.commits += 1,
+            Err((code, _)) if code & 0xff == rusqlite::ffi::SQLITE_BUSY => {
+                tally.busy += 1;
+                if !db.is_autocommit() {
+                    db.execute_batch("ROLLBACK").unwrap();
+                }
+            }
+            Err(error) => panic!("{error:?}"),
+        }
+        tally.longest = tally.longest.max(u64::try_from(start.elapsed().as_micros()).unwrap());
+        tally.wal = tally.wal.max(std::fs::metadata(&wal).map_or(0, |wal| wal.len()));
+    }
+    tally
 }
 
 /// SQLite's extended result code, and the message.

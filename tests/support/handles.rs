@@ -56,15 +56,24 @@ pub struct Handles(Vec<(Sender<Order>, Receiver<Answer>)>);
 
 impl Handles {
     pub fn obey(&mut self, number: usize, order: Order) -> Answer {
+        self.give(number, order);
+        self.answer_of(number)
+    }
+
+    /// Does not wait for the answer.
+    pub fn give(&mut self, number: usize, order: Order) {
         while self.0.len() <= number {
             let (orders_in, orders) = channel();
             let (answers, answers_out) = channel();
             std::thread::spawn(move || Handle { orders, answers }.serve());
             self.0.push((orders_in, answers_out));
         }
-        let (orders, answers) = &self.0[number];
-        orders.send(order).unwrap();
-        answers.recv().unwrap()
+        self.0[number].0.send(order).unwrap();
+    }
+
+    /// Waits for the answer to [`Handles::give`].
+    pub fn answer_of(&mut self, number: usize) -> Answer {
+        self.0[number].1.recv().unwrap()
     }
 }
 

@@ -1,0 +1,667 @@
+//! The fair queue between real processes: who gets the gate when, and what the death of any of them does to the others.
+//!
+//! Each scenario runs on the plain `unix` VFS too, and times are compared with those. Whether an agent waits is read from
+//! the kernel: it sleeps in futex(2), on a word of the queue's memory (`Agent::await_asleep`). A comparison that fails is
+//! made again, twice, since the machine may be busy with something else for a while ([`eventually`]).
+
+mod support;
+
+use std::fs::File;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use rusqlite::{Connection, ffi};
+use rustix::process::Signal;
+use support::agent::{Agent, Patience, Storm, Tally, Task, integer};
+use support::handles::Order;
+use support::{TestDb, set_journal_mode};
+
+#[test]
+fn agent_process() {
+    support::agent::serve_if_asked();
+}
+
+const SHIM: &str = "kanbanlock";
+const STOCK: &str = "unix";
+
+/// One after another, since they measure.
+fn alone() -> std::sync::MutexGuard<'static, ()> {
+    static ALONE: std::sync::Mutex<()> = std::sync::Mutex::new(());
+    ALONE.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+}
+
+/// `attempt` says what is wrong; three times in a row is too often.
+fn eventually(attempt: impl Fn() -> Result<(), String>) {
+    let _alone = alone();
+    let mut wrong = Vec::new();
+    for _ in 0..3 {
+        match attempt() {
+            Ok(()) => return,
+            Err(what) => wrong.push(what),
+        }
+    }
+    panic!("{}", wrong.join("\n"));
+}
+
+fn require(is_true: bool, what: impl FnOnce() -> String) -> Result<(), String> {
+    if is_true { Ok(()) } else { Err(what()) }
+}
+
+fn database(journal_mode: &str) -> TestDb {
+    kanbanlock::register().unwrap();
+    new_database(journal_mode)
+}
+
+/// … in a process of its own, whose default VFS is kanbanlock from now on.
+fn database_by_default() -> TestDb {
+    kanbanlock::Options::new().make_default(true).register().unwrap();
+    new_database("wal")
+}
+
+fn new_database(journal_mode: &str) -> TestDb {
+    let db = TestDb::new();
+    let connection = Connection::open(db.path()).unwrap();
+    set_journal_mode(&connection, journal_mode);
+    connection.execute_batch("CREATE TABLE t (writer, number, ballast)").unwrap();
+    db
+}
+
+/// An agent with the database open, and a busy timeout of a minute.
+fn agent(db: &TestDb, vfs: &str) -> Agent {
+    let mut agent =
+        if vfs == STOCK { Agent::stock_with_db(db.path()) } else { Agent::with_db(db.path(), vfs) };
+    agent.execute("PRAGMA busy_timeout = 60000; PRAGMA synchronous = OFF").unwrap();
+    agent
+}
+
+fn insert(writer: usize) -> String {
+    format!("BEGIN IMMEDIATE; INSERT INTO t VALUES ({writer}, 0, NULL); COMMIT")
+}
+
+fn writers_in_order(db: &TestDb) -> Vec<usize> {
+    let db = db.open(STOCK);
+    let mut statement = db.prepare("SELECT writer FROM t ORDER BY rowid").unwrap();
+    let rows = statement.query_map([], |row| row.get::<_, i64>(0)).unwrap();
+    rows.map(|writer| writer.unwrap().try_into().unwrap()).collect()
+}
+
+/// Agents that write as much as they can at once.
+fn storm(db: &TestDb, vfs: &str, millis: u64, ballast: usize, all: &[Patience]) -> Vec<Tally> {
+    let start = db.beside("-start");
+    let line = File::create(&start).unwrap();
+    line.lock().unwrap();
+    let mut agents: Vec<Agent> =
+        all.iter().map(|_| if vfs == STOCK { Agent::stock() } else { Agent::start() }).collect();
+    for ((writer, agent), &patience) in agents.iter_mut().enumerate().zip(all) {
+        let uri = format!("file:{}?vfs={vfs}", db.path().display());
+        agent.send(&Task::Storm(Storm { uri, start: start.clone(), millis, patience, writer, ballast }));
+    }
+    for agent in &agents {
+        agent.await_flock();
+    }
+    drop(line);
+    let tallies: Vec<Tally> = agents.iter_mut().map(Agent::receive_tally).collect();
+    audit(db, &tallies);
+    tallies
+}
+
+/// Every commit that a writer was promised is there, once.
+fn audit(db: &TestDb, tallies: &[Tally]) {
+    let db = db.open(STOCK);
+    for (writer, tally) in tallies.iter().enumerate() {
+        let sql =
+            "SELECT count(*), count(DISTINCT number), coalesce(max(number) + 1, 0) FROM t WHERE writer = ?1";
+        let found: [i64; 3] =
+            db.query_row(sql, [integer(writer)], |row| Ok([row.get(0)?, row.get(1)?, row.get(2)?])).unwrap();
+        assert_eq!(found, [integer(tally.commits); 3], "writer {writer}");
+    }
+}
+
+/// (Σx)² / nΣx²: 1 if all have the same share, 1/n if one has all.
+fn jain(tallies: &[Tally]) -> f64 {
+    let shares = || tallies.iter().map(|tally| tally.commits as f64);
+    let sum: f64 = shares().sum();
+    sum * sum / (tallies.len() as f64 * shares().map(|share| share * share).sum::<f64>())
+}
+
+fn longest(tallies: &[Tally]) -> u64 {
+    tallies.iter().map(|tally| tally.longest).max().unwrap()
+}
+
+fn commits(tallies: &[Tally]) -> u64 {
+    tallies.iter().map(|tally| tally.commits).sum()
+}
+
+const PATIENT: Patience = Patience::Timeout(60_000);
+
+#[test]
+fn tight_writers_get_equal_shares_where_stock_starves_some() {
+    eventually(|| {
+        for journal_mode in ["wal", "delete"] {
+            let shimmed = storm(&database(journal_mode), SHIM, 1500, 0, &[PATIENT; 8]);
+            let stock = storm(&database(journal_mode), STOCK, 1500, 0, &[PATIENT; 8]);
+            let report = format!(
+                "{journal_mode}: Jain {:.3}, stock {:.3}; longest wait {} us, stock {}; commits {}, stock {}",
+                jain(&shimmed),
+                jain(&stock),
+                longest(&shimmed),
+                longest(&stock),
+                commits(&shimmed),
+                commits(&stock),
+            );
+            println!("{report}");
+            require(jain(&shimmed) > 0.9 && jain(&shimmed) > jain(&stock), || report.clone())?;
+            require(2 * longest(&shimmed) < longest(&stock), || report)?;
+        }
+        Ok(())
+    });
+}
+
+/// How many pairs of waiters came in the wrong order.
+fn inversions(db: &TestDb, vfs: &str, rounds: usize) -> usize {
+    const WAITERS: usize = 5;
+    let mut holder = agent(db, vfs);
+    let mut waiters: Vec<Agent> = (0..WAITERS).map(|_| agent(db, vfs)).collect();
+    let mut wrong = 0;
+    for _ in 0..rounds {
+        holder.execute("DELETE FROM t; BEGIN IMMEDIATE").unwrap();
+        for (number, waiter) in waiters.iter_mut().enumerate() {
+            waiter.send(&Task::Execute(insert(number)));
+            waiter.await_asleep(vfs != STOCK);
+        }
+        holder.execute("COMMIT").unwrap();
+        waiters.iter_mut().for_each(|waiter| drop(waiter.receive().unwrap()));
+        let order = writers_in_order(db);
+        assert_eq!(order.len(), WAITERS);
+        let pairs =
+            order.iter().enumerate().flat_map(|(at, first)| order[at..].iter().map(move |next| next < first));
+        wrong += pairs.filter(|is_wrong| *is_wrong).count();
+    }
+    wrong
+}
+
+#[test]
+fn who_came_first_is_served_first() {
+    eventually(|| {
+        for journal_mode in ["wal", "delete"] {
+            let (shimmed, stock) = (
+                inversions(&database(journal_mode), SHIM, 10),
+                inversions(&database(journal_mode), STOCK, 10),
+            );
+            println!("{journal_mode}: pairs of 100 in the wrong order: {shimmed}, stock {stock}");
+            // One that is just about to look again when its turn comes is passed over, and next.
+            require(shimmed <= 5 && 4 * shimmed <= stock, || {
+                format!("{journal_mode}: {shimmed}, stock {stock}")
+            })?;
+        }
+        Ok(())
+    });
+}
+
+/// How often a scenario is measured, and summed up.
+const ROUNDS: usize = 5;
+/// After so long SQLite's busy handler sleeps 100 ms at a time.
+const LONG_ENOUGH: Duration = Duration::from_millis(340);
+
+/// How long a waiter that has waited long waits still, once `ends` has set it free.
+fn latency(
+    vfs: &str,
+    journal_mode: &str,
+    waiters: usize,
+    round: impl Fn(&TestDb, &mut [Agent]) -> Instant,
+) -> Duration {
+    (0..ROUNDS)
+        .map(|_| {
+            let db = database(journal_mode);
+            let mut agents: Vec<Agent> = (0..waiters + 1).map(|_| agent(&db, vfs)).collect();
+            round(&db, &mut agents).elapsed()
+        })
+        .sum()
+}
+
+/// On kanbanlock the others go on soon, and on stock after half a sleep of 100 ms, on average.
+fn assert_sooner_than_stock(
+    journal_mode: &str,
+    what: &str,
+    waiters: usize,
+    round: impl Fn(&TestDb, &mut [Agent], bool) -> Instant,
+) {
+    eventually(|| {
+        let shimmed = latency(SHIM, journal_mode, waiters, |db, agents| round(db, agents, true));
+        let stock = latency(STOCK, journal_mode, waiters, |db, agents| round(db, agents, false));
+        let report = format!("{what}, {journal_mode}: {ROUNDS} times {shimmed:?}, stock {stock:?}");
+        println!("{report}");
+        require(2 * shimmed < stock, || report)
+    });
+}
+
+fn queue_up(agents: &mut [Agent], is_queued: bool) {
+    for (number, agent) in agents.iter_mut().enumerate() {
+        agent.send(&Task::Execute(insert(number)));
+        agent.await_asleep(is_queued);
+    }
+    std::thread::sleep(LONG_ENOUGH); // not to synchronise: to wait
+}
+
+#[test]
+fn a_waiter_is_woken() {
+    for journal_mode in ["wal", "delete"] {
+        assert_sooner_than_stock(journal_mode, "the holder commits", 1, |_, agents, is_queued| {
+            let (holder, waiters) = agents.split_first_mut().unwrap();
+            holder.execute("BEGIN IMMEDIATE").unwrap();
+            queue_up(waiters, is_queued);
+            let start = Instant::now();
+            holder.execute("COMMIT").unwrap();
+            waiters[0].receive().unwrap();
+            start
+        });
+    }
+}
+
+#[test]
+fn the_next_commit_comes_soon_after_kill_9_of_the_holder() {
+    assert_sooner_than_stock("wal", "kill -9 of the holder", 1, |db, agents, is_queued| {
+        let (holder, waiters) = agents.split_first_mut().unwrap();
+        holder.execute("BEGIN IMMEDIATE").unwrap();
+        queue_up(waiters, is_queued);
+        let start = Instant::now();
+        holder.signal(Signal::KILL);
+        waiters[0].receive().unwrap();
+        assert_eq!(writers_in_order(db), [0]);
+        start
+    });
+}
+
+#[test]
+fn the_next_commit_comes_soon_after_kill_9_of_the_head_waiter() {
+    assert_sooner_than_stock("wal", "kill -9 of the head waiter", 3, |db, agents, is_queued| {
+        let (holder, waiters) = agents.split_first_mut().unwrap();
+        holder.execute("BEGIN IMMEDIATE").unwrap();
+        queue_up(waiters, is_queued);
+        let start = Instant::now();
+        waiters[0].signal(Signal::KILL);
+        holder.execute("COMMIT").unwrap();
+        waiters[1].receive().unwrap();
+        waiters[2].receive().unwrap();
+        assert_eq!(writers_in_order(db).len(), 2);
+        start
+    });
+}
+
+#[test]
+fn a_stopped_head_waiter_lets_the_others_go_on() {
+    assert_sooner_than_stock("wal", "SIGSTOP of the head waiter", 3, |db, agents, is_queued| {
+        let (holder, waiters) = agents.split_first_mut().unwrap();
+        holder.execute("BEGIN IMMEDIATE").unwrap();
+        queue_up(waiters, is_queued);
+        waiters[0].signal(Signal::STOP);
+        waiters[0].await_stopped();
+        let start = Instant::now();
+        holder.execute("COMMIT").unwrap();
+        waiters[1].receive().unwrap();
+        waiters[2].receive().unwrap();
+        assert_eq!(writers_in_order(db).len(), 2, "all but the stopped one");
+        let elapsed = start.elapsed();
+        waiters[0].signal(Signal::CONT);
+        waiters[0].receive().unwrap();
+        Instant::now() - elapsed
+    });
+}
+
+/// A holder of the flock that knows nothing of the queue, like flock(1).
+fn foreign(db: &TestDb) -> File {
+    let file = File::open(db.lock_file()).unwrap();
+    file.lock().unwrap();
+    file
+}
+
+#[test]
+fn a_foreign_holder_is_noticed_without_a_wake() {
+    // It holds the flock from before anybody waits, and while three wait.
+    for waiters in [1, 3] {
+        let _alone = alone();
+        let round = |is_shimmed: bool| {
+            let vfs = if is_shimmed { SHIM } else { STOCK };
+            latency(vfs, "wal", waiters, |db, agents| {
+                let (holder, waiters) = agents.split_first_mut().unwrap();
+                // On stock SQLite a transaction stands for the foreign flock, which it does not know.
+                let file = is_shimmed.then(|| {
+                    holder.execute("BEGIN IMMEDIATE; ROLLBACK").unwrap(); // the lock file is there
+                    foreign(db)
+                });
+                if file.is_none() {
+                    holder.execute("BEGIN IMMEDIATE").unwrap();
+                }
+                queue_up(waiters, is_shimmed);
+                let start = Instant::now();
+                match file {
+                    Some(file) => drop(file),
+                    None => drop(holder.execute("ROLLBACK").unwrap()),
+                }
+                waiters[0].receive().unwrap();
+                let elapsed = start.elapsed();
+                waiters[1..].iter_mut().for_each(|waiter| drop(waiter.receive().unwrap()));
+                Instant::now() - elapsed
+            })
+        };
+        let (shimmed, stock) = (round(true), round(false));
+        println!("a foreign holder, {waiters} waiting: {ROUNDS} times {shimmed:?}, stock {stock:?}");
+        assert!(2 * shimmed < stock, "{waiters} waiting: {shimmed:?}, stock {stock:?}");
+    }
+}
+
+#[test]
+fn a_foreign_holder_that_comes_between_two_of_the_queue() {
+    let _alone = alone();
+    let db = database("wal");
+    let mut agents: Vec<Agent> = (0..4).map(|_| agent(&db, SHIM)).collect();
+    let (holder, waiters) = agents.split_first_mut().unwrap();
+    holder.execute("BEGIN IMMEDIATE").unwrap();
+    // It sleeps in flock(2) itself, so the kernel gives it the flock ahead of all of the queue.
+    let path = db.lock_file();
+    let mut outsider = Agent::stock();
+    outsider.send(&Task::Flock(path));
+    outsider.await_flock();
+    for (number, waiter) in waiters.iter_mut().enumerate() {
+        waiter.send(&Task::Execute(insert(number)));
+        waiter.await_asleep(true);
+    }
+    holder.execute("COMMIT").unwrap();
+    outsider.receive().unwrap();
+    assert_eq!(writers_in_order(&db), [0; 0], "nobody writes while the outsider has the flock");
+    outsider.ask(&Task::Unflock).unwrap();
+    waiters.iter_mut().for_each(|waiter| drop(waiter.receive().unwrap()));
+    assert_eq!(writers_in_order(&db).len(), 3);
+}
+
+#[test]
+fn busy_timeout_0_fails_at_once_while_others_wait() {
+    let _alone = alone();
+    for journal_mode in ["wal", "delete"] {
+        let db = database(journal_mode);
+        let mut holder = agent(&db, SHIM);
+        let mut waiters = [agent(&db, SHIM), agent(&db, SHIM)];
+        let mut hasty = agent(&db, SHIM);
+        hasty.execute("PRAGMA busy_timeout = 0").unwrap();
+        holder.execute("BEGIN IMMEDIATE").unwrap();
+        for (number, waiter) in waiters.iter_mut().enumerate() {
+            waiter.send(&Task::Execute(insert(number)));
+            waiter.await_asleep(true);
+        }
+        for _ in 0..100 {
+            assert_eq!(hasty.execute("BEGIN IMMEDIATE").unwrap_err().0, ffi::SQLITE_BUSY);
+        }
+        holder.execute("COMMIT").unwrap();
+        waiters.iter_mut().for_each(|waiter| drop(waiter.receive().unwrap()));
+        hasty.execute(&insert(9)).unwrap();
+        assert_eq!(writers_in_order(&db).len(), 3, "{journal_mode}");
+    }
+}
+
+/// Who keeps a connection out until its busy timeout is over.
+#[derive(Clone, Copy, Debug)]
+enum Obstacle {
+    /// A transaction of another connection's.
+    Holder,
+    /// The same, and two wait already.
+    Queue,
+    /// A foreign flock that comes and goes: nearly each look says that the gate is free, and nearly each try is refused.
+    Flicker,
+}
+
+/// How long `BEGIN IMMEDIATE` takes to fail; `None`: it did not.
+fn time_until_busy(vfs: &str, timeout: u64, obstacle: Obstacle) -> Option<u64> {
+    let db = database("wal");
+    let is_stock = vfs == STOCK;
+    let mut holder = agent(&db, vfs);
+    let mut others = [agent(&db, vfs), agent(&db, vfs)];
+    let mut waiter = agent(&db, vfs);
+    waiter.execute(&format!("PRAGMA busy_timeout = {timeout}")).unwrap();
+    waiter.execute(&insert(7)).unwrap();
+    let sql = "BEGIN IMMEDIATE";
+    let timed = if matches!(obstacle, Obstacle::Flicker) && !is_stock {
+        let path = db.lock_file();
+        let is_over = std::sync::atomic::AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            scope.spawn(|| flicker(&path, &is_over));
+            let timed = waiter.execute_timed(sql);
+            is_over.store(true, std::sync::atomic::Ordering::Relaxed);
+            timed
+        })
+    } else {
+        holder.execute("BEGIN IMMEDIATE").unwrap();
+        if matches!(obstacle, Obstacle::Queue) {
+            for other in &mut others {
+                other.send(&Task::Execute(insert(8)));
+                other.await_asleep(!is_stock);
+            }
+        }
+        waiter.execute_timed(sql)
+    };
+    match timed.reply {
+        Err((code, _)) => {
+            assert_eq!(code, ffi::SQLITE_BUSY);
+            Some(timed.micros)
+        }
+        Ok(_) => None,
+    }
+}
+
+fn flicker(path: &Path, is_over: &std::sync::atomic::AtomicBool) {
+    let file = File::open(path).unwrap();
+    while !is_over.load(std::sync::atomic::Ordering::Relaxed) {
+        file.lock().unwrap();
+        let start = Instant::now();
+        while start.elapsed() < Duration::from_millis(3) {
+            std::hint::spin_loop();
+        }
+        file.unlock().unwrap();
+        for _ in 0..200 {
+            std::hint::spin_loop();
+        }
+    }
+}
+
+#[test]
+fn a_busy_timeout_is_never_early_and_hardly_later_than_stocks() {
+    for obstacle in [Obstacle::Holder, Obstacle::Queue, Obstacle::Flicker] {
+        for timeout in [1, 10, 100, 400] {
+            eventually(|| {
+                let Some(shimmed) = time_until_busy(SHIM, timeout, obstacle) else {
+                    return require(matches!(obstacle, Obstacle::Flicker), || "not busy".to_owned());
+                };
+                let stock = time_until_busy(STOCK, timeout, obstacle).unwrap();
+                println!("{obstacle:?}, {timeout} ms: {shimmed} us, stock {stock} us");
+                assert!(shimmed >= timeout * 1000, "{obstacle:?}, {timeout} ms: early, after {shimmed} us");
+                require(shimmed <= stock + stock / 10 + 20_000, || {
+                    format!("{obstacle:?}, {timeout} ms: {shimmed} us, stock {stock} us")
+                })
+            });
+        }
+    }
+}
+
+/// Milliseconds asked for, microseconds slept.
+fn sqlite3_sleep(millis: i32) -> u128 {
+    let start = Instant::now();
+    // SAFETY: SQLite's function takes any number, on any thread.
+    unsafe { ffi::sqlite3_sleep(millis) };
+    start.elapsed().as_micros()
+}
+
+#[test]
+fn sqlite3_sleep_sleeps_in_full_when_nothing_was_refused() {
+    support::in_own_process("sqlite3_sleep_sleeps_in_full_when_nothing_was_refused", || {
+        let db = database_by_default();
+        for millis in [1, 20, 60] {
+            assert!(sqlite3_sleep(millis) >= millis as u128 * 1000);
+        }
+        let connection = Connection::open(db.path()).unwrap();
+        let other = Connection::open(db.path()).unwrap();
+        other.busy_timeout(Duration::ZERO).unwrap();
+        // Refused, waited, and had: that wait is over.
+        connection.execute_batch("BEGIN IMMEDIATE").unwrap();
+        assert!(other.execute_batch("BEGIN IMMEDIATE").is_err());
+        connection.execute_batch("COMMIT").unwrap();
+        other.execute_batch("BEGIN IMMEDIATE; COMMIT").unwrap();
+        assert!(sqlite3_sleep(60) >= 60_000);
+        // Refused in another thread: not this one's business.
+        connection.execute_batch("BEGIN IMMEDIATE").unwrap();
+        let refused = std::thread::spawn(move || {
+            assert!(other.execute_batch("BEGIN IMMEDIATE").is_err());
+            other
+        });
+        let other = refused.join().unwrap();
+        connection.execute_batch("COMMIT").unwrap();
+        assert!(sqlite3_sleep(60) >= 60_000);
+        drop(other);
+    });
+}
+
+#[test]
+fn a_connection_that_was_refused_moves_on_while_its_old_thread_sleeps() {
+    support::in_own_process("a_connection_that_was_refused_moves_on_while_its_old_thread_sleeps", || {
+        let db = database_by_default();
+        let mut holder = agent(&db, SHIM);
+        for _ in 0..20 {
+            let connection = Connection::open(db.path()).unwrap();
+            connection.busy_timeout(Duration::ZERO).unwrap();
+            holder.execute("BEGIN IMMEDIATE").unwrap();
+            assert!(connection.execute_batch("BEGIN IMMEDIATE").is_err());
+            // The old thread still has the note, and sleeps on it; the connection is used elsewhere, and closed.
+            std::thread::scope(|scope| {
+                scope.spawn(move || {
+                    connection.busy_timeout(Duration::from_secs(60)).unwrap();
+                    connection.execute_batch(&insert(1)).unwrap();
+                });
+                scope.spawn(|| holder.execute("COMMIT").unwrap());
+                sqlite3_sleep(10);
+            });
+        }
+        assert_eq!(writers_in_order(&db), [1; 20]);
+        holder.execute(&insert(2)).unwrap();
+    });
+}
+
+#[test]
+fn a_busy_handler_that_sleeps_by_itself_gets_a_share_beside_eight_that_queue() {
+    let _alone = alone();
+    for journal_mode in ["wal", "delete"] {
+        for own in [1, 2, 5, 20].into_iter().flat_map(|ms| [Patience::Sleeps(ms), Patience::SleepsUpTo(ms)]) {
+            let mut all = [PATIENT; 9];
+            all[8] = own;
+            let tallies = storm(&database(journal_mode), SHIM, 1000, 0, &all);
+            let (queued, lone) = tallies.split_at(8);
+            println!(
+                "{journal_mode}, {own:?}: {} commits beside {}, longest wait {} us beside {}; Jain of the queued {:.3}",
+                lone[0].commits,
+                commits(queued),
+                lone[0].longest,
+                longest(queued),
+                jain(queued)
+            );
+            assert!(lone[0].commits > 0);
+        }
+    }
+}
+
+#[test]
+fn exclusive_is_woken_when_the_last_reader_leaves() {
+    assert_sooner_than_stock("delete", "EXCLUSIVE behind a reader", 1, |_, agents, is_queued| {
+        let (reader, writers) = agents.split_first_mut().unwrap();
+        // Both have met the queue before: a reader that never wrote nor waited knows nothing of it.
+        reader.execute("BEGIN IMMEDIATE").unwrap();
+        if is_queued {
+            writers[0].send(&Task::Execute(insert(0)));
+            writers[0].await_asleep(true);
+        }
+        reader.execute("COMMIT").unwrap();
+        if is_queued {
+            writers[0].receive().unwrap();
+        }
+        reader.execute(&insert(5)).unwrap();
+        reader.execute("BEGIN; SELECT * FROM t").unwrap();
+        queue_up(writers, is_queued);
+        let start = Instant::now();
+        reader.execute("COMMIT").unwrap();
+        writers[0].receive().unwrap();
+        start
+    });
+}
+
+#[test]
+fn a_reader_beside_eight_tight_writers_is_not_starved() {
+    eventually(|| {
+        let mut reads = [0_u64; 2];
+        for (place, vfs) in [SHIM, STOCK].into_iter().enumerate() {
+            let db = database("delete");
+            let line = db.beside("-reads");
+            let mut reader = agent(&db, vfs);
+            reader.execute("INSERT INTO t VALUES (100, 0, NULL)").unwrap();
+            drop(File::create(&line).unwrap());
+            let is_over = &std::sync::atomic::AtomicBool::new(false);
+            let tallies = std::thread::scope(|scope| {
+                let (reader, db) = (&mut reader, &db);
+                let count = scope.spawn(move || {
+                    let mut count = 0;
+                    while !is_over.load(std::sync::atomic::Ordering::Relaxed) {
+                        reader.query("SELECT count(*) FROM t WHERE writer = 100");
+                        count += 1;
+                    }
+                    count
+                });
+                let tallies = storm(db, vfs, 1500, 0, &[PATIENT; 8]);
+                is_over.store(true, std::sync::atomic::Ordering::Relaxed);
+                reads[place] = count.join().unwrap();
+                tallies
+            });
+            println!("{vfs}: {} reads beside {} commits", reads[place], commits(&tallies));
+        }
+        require(reads[0] >= reads[1], || format!("{} reads, stock {}", reads[0], reads[1]))
+    });
+}
+
+#[test]
+fn the_wal_of_a_saturated_database_stays_bounded_where_stocks_grows() {
+    eventually(|| {
+        let largest = |vfs: &str| {
+            let tallies = storm(&database("wal"), vfs, 2500, 20_000, &[PATIENT; 6]);
+            let wal = tallies.iter().map(|tally| tally.wal).max().unwrap();
+            println!("{vfs}: a WAL of {} MiB after {} commits", wal >> 20, commits(&tallies));
+            wal
+        };
+        let [auto, gate, stock] = [SHIM, "kanbanlock&kanbanlock_checkpoint=gate", STOCK].map(largest);
+        require(auto <= 64 << 20, || format!("auto: {auto} bytes"))?;
+        require(gate <= 64 << 20, || format!("gate: {gate} bytes"))?;
+        require(2 * auto < stock, || format!("stock: {stock} bytes, auto {auto}"))
+    });
+}
+
+#[test]
+fn a_fork_while_waiting_keeps_nobody_waiting() {
+    let _alone = alone();
+    let db = database("wal");
+    let mut holder = agent(&db, SHIM);
+    let mut forked = Agent::start();
+    let mut other = agent(&db, SHIM);
+    let uri = format!("file:{}?vfs=kanbanlock", db.path().display());
+    assert!(forked.order(0, Order::Open(uri)).unwrap().result.is_ok());
+    assert!(forked.order(0, Order::Run("PRAGMA busy_timeout = 60000".to_owned())).unwrap().result.is_ok());
+    holder.execute("BEGIN IMMEDIATE").unwrap();
+    forked.send(&Task::HandleLater(0, Order::Run("BEGIN IMMEDIATE".to_owned())));
+    forked.receive().unwrap();
+    forked.await_asleep(true);
+    // The child has the memory, and the descriptors closed; the parent goes on waiting.
+    let child = forked.ask(&Task::Fork).unwrap();
+    other.send(&Task::Execute(insert(3)));
+    other.await_asleep(true);
+    holder.execute("COMMIT").unwrap();
+    assert!(forked.ask(&Task::HandleAnswer(0)).is_ok(), "the parent has had its turn");
+    assert_eq!(writers_in_order(&db), [0; 0]);
+    // It dies with the gate; its child lives on, and keeps nobody out.
+    forked.signal(Signal::KILL);
+    other.receive().unwrap();
+    assert_eq!(writers_in_order(&db), [3]);
+    let child = rustix::process::Pid::from_raw(child.parse().unwrap()).unwrap();
+    rustix::process::kill_process(child, Signal::KILL).unwrap();
+}
