@@ -107,7 +107,7 @@ const NO_QUEUE_RETRY: Micros = 1_000_000;
 const SAME_WAIT: Micros = 1_000_000;
 /// How often in a row a lock file may be replaced under us before the write is refused.
 const REPLACED_LIMIT: usize = 8;
-/// After how many refusals in a row the holder is looked up, once per connection (`/proc/locks`).
+/// After how many refusals in a row the holder is looked up (`/proc/locks`).
 const SELF_DEADLOCK_REFUSALS: u32 = 10;
 
 /// The gate of one open database file.
@@ -437,7 +437,9 @@ impl LockFile {
         }
         self.refusals.set(self.refusals.get().saturating_add(1));
         let waited = now.saturating_sub(self.waits_since.get());
-        if self.refusals.get() >= SELF_DEADLOCK_REFUSALS && !self.has_warned_self_deadlock.get() {
+        // Once in a wait: /proc/locks takes 10 ms to read, since it first waits until no lock is being taken or given up on
+        // any processor, and all of those wait for it meanwhile (`locks_start` in the kernel's fs/locks.c).
+        if self.refusals.get() == SELF_DEADLOCK_REFUSALS && !self.has_warned_self_deadlock.get() {
             self.warn_if_self_deadlocked();
         }
         if waited >= self.warn_after && self.warn_after != 0 && !self.has_named_holder.replace(true) {

@@ -10,7 +10,8 @@
 //!
 //! ## Invariants
 //! - A wait is never shorter than SQLite asked for, taken over all its sleeps, unless the gate was had: what was not slept
-//!   because a sleep ended early, and to no avail, is slept later.
+//!   because a sleep ended early, and to no avail, is slept later. The last sleep of a busy timeout, which is mostly
+//!   shorter than the one before, ends early only if another connection says that it is our turn.
 //! - Nor is it longer by more than [`OVERDRAFT`]: a wait for the gate takes that much of its later sleeps in advance. An
 //!   attempt in between would be refused, and disturb: in rollback mode it takes SHARED, which the owner's COMMIT waits for.
 //!
@@ -59,6 +60,8 @@ struct Note {
     refused: Micros,
     /// What earlier sleeps of this wait have left of the [`OVERDRAFT`], and of what they were asked for.
     balance: Micros,
+    /// When the last sleep of this wait was over, or it began.
+    woke: Micros,
     /// What the last sleep of this wait was asked for.
     requested: Micros,
 }
@@ -71,12 +74,14 @@ thread_local! {
 pub fn refused(seat: &Arc<ConnectionSeat>, want: Want, seen: u32, now: Micros) {
     with_note(|note| {
         let seat = Arc::downgrade(seat);
-        // The same wait goes on, as long as it is the same connection's and the sleeps get no shorter.
-        let (balance, requested, early) = match note {
-            Some(old) if old.seat.ptr_eq(&seat) => (old.balance, old.requested, old.early),
-            _ => (OVERDRAFT, 0, 0),
+        // The same wait goes on, if it is the same connection's and it has just slept.
+        let (balance, requested, early, woke) = match note {
+            Some(old) if old.seat.ptr_eq(&seat) && now.saturating_sub(old.woke) <= FRESH => {
+                (old.balance, old.requested, old.early, old.woke)
+            }
+            _ => (OVERDRAFT, 0, 0, now),
         };
-        *note = Some(Note { seat, want, early, seen, refused: now, balance, requested });
+        *note = Some(Note { seat, want, early, seen, refused: now, balance, requested, woke });
     });
 }
 
@@ -92,21 +97,27 @@ pub fn sleep(requested: Micros, real: impl FnOnce()) {
         let note = note.as_mut()?;
         let is_fresh = note.refused != 0 && now.saturating_sub(note.refused) <= FRESH;
         note.refused = 0;
-        if requested < note.requested || !is_fresh {
+        if !is_fresh {
             (note.balance, note.early) = (OVERDRAFT, 0); // another wait than the last one
+        }
+        // The rest of a busy timeout: after a refusal there is no other. (Or a new wait: no harm done.)
+        let is_last = requested < note.requested;
+        if is_last {
+            note.early = 0;
         }
         note.requested = requested;
         let seat = note.seat.upgrade().filter(|seat| is_fresh && !seat.board().0.is_inherited())?;
-        Some((seat, note.want, note.seen, note.balance, note.early))
+        Some((seat, note.want, note.seen, note.balance, note.early, is_last))
     });
-    let Some((seat, want, seen, balance, early)) = pending.flatten() else { return real() };
+    let Some((seat, want, seen, balance, early, is_last)) = pending.flatten() else { return real() };
     let limit = match want {
         Want::Gate => requested + balance,
         // These are not sure of success when they return: the overdraft stays.
         Want::Release | Want::Exclusive => requested + balance.saturating_sub(OVERDRAFT),
     };
     let Waited { micros, is_next } = match want {
-        Want::Gate => seat.wait(limit, seen, || seat.board().0.is_free()),
+        // Who holds the gate without knowing of the queue may have it again before we are there. Not on the last attempt.
+        Want::Gate => seat.wait(limit, seen, || !is_last && seat.board().0.is_free()),
         Want::Release if early < EARLY => seat.wait_release(limit, seen),
         Want::Exclusive if early < EARLY => seat.wait_exclusive(limit, seen),
         Want::Release | Want::Exclusive => {
@@ -118,6 +129,7 @@ pub fn sleep(requested: Micros, real: impl FnOnce()) {
         if let Some(note) = note {
             note.balance = (requested + balance).saturating_sub(micros);
             note.early += u32::from(is_next);
+            note.woke = sys::micros();
         }
     });
 }
