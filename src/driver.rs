@@ -29,7 +29,7 @@ use crate::state::{Ask, CheckpointPolicy, Reply, Row, State};
 use crate::stats;
 
 /// A WAL of more bytes than this is not checkpointed beside writers (policy `auto`): it would grow without end.
-const LONG_WAL: u64 = 16 << 20;
+const LONG_WAL: u64 = 32 << 20;
 
 /// The locks of one open database file. SQLite serialises the calls on a file, so cells are enough.
 #[derive(Debug)]

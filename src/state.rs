@@ -53,7 +53,7 @@
 //! | S7 | any | xShmUnmap | – | any | `excl`, `shared` empty; release if level < RESERVED |
 //! | K1 | free | shm LOCK·EXCL of CKPT alone, policy `gate` | await, bounded (a slot held: try); refused → BUSY, real not called | OK | held |
 //! | K2 | free | same | taken | not OK | release |
-//! | K3 | free | shm LOCK·EXCL of CKPT alone, policy `auto` | WAL over 16 MB: as K1, but refused → as S5; else as S5 | any | as K1, K2 or S5 |
+//! | K3 | free | shm LOCK·EXCL of CKPT alone, policy `auto` | WAL over 32 MB: as K1, but refused → as S5; else as S5 | any | as K1, K2 or S5 |
 //! | G1 | WRITE, no CKPT | shm LOCK·EXCL of READ(1)…READ(4) | real CKPT first; refused → BUSY, not forwarded | – | as before |
 //! | G2 | same | same | CKPT won | not OK | give CKPT back |
 //! | G3 | same | same | CKPT won | OK | `excl` grows, guarded |
@@ -76,7 +76,7 @@ use crate::lock::{LockLevel, ShmRequest, ShmSlots};
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum CheckpointPolicy {
-    /// `auto` (default): a checkpoint takes the gate, after a bounded wait, when the WAL has grown over 16 MB; if it is
+    /// `auto` (default): a checkpoint takes the gate, after a bounded wait, when the WAL has grown over 32 MB; if it is
     /// not to be had, it goes on without. Keeps the WAL of a saturated database bounded.
     #[default]
     Auto,

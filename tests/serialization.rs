@@ -503,7 +503,7 @@ fn the_checkpoint_policy_decides_whether_a_checkpoint_takes_the_gate() {
     }
 }
 
-/// Row K3: under `kanbanlock_checkpoint=auto`, the default, a checkpoint takes the gate when the WAL is longer than 16 MB;
+/// Row K3: under `kanbanlock_checkpoint=auto`, the default, a checkpoint takes the gate when the WAL is longer than 32 MB;
 /// if it is not to be had, it goes on without, as it does when the WAL is short.
 #[test]
 fn an_auto_checkpoint_takes_the_gate_when_the_wal_is_long() {
@@ -536,8 +536,8 @@ fn an_auto_checkpoint_takes_the_gate_when_the_wal_is_long() {
         probe.naked().len()
     };
     assert_ne!(naked_after(1, false), 0, "short: beside writers");
-    assert_eq!(naked_after(17, false), 0, "long: under the gate");
+    assert_eq!(naked_after(33, false), 0, "long: under the gate");
     // Held by another all the time, so no write is naked: it shows that the checkpoint goes on.
-    naked_after(17, true);
+    naked_after(33, true);
     assert!(probe.is_free(&db));
 }

@@ -494,7 +494,7 @@ fn sqlite3_sleep_sleeps_in_full_when_nothing_was_refused() {
     support::in_own_process("sqlite3_sleep_sleeps_in_full_when_nothing_was_refused", || {
         let db = database_by_default();
         for millis in [1, 20, 60] {
-            assert!(sqlite3_sleep(millis) >= millis as u128 * 1000);
+            assert!(sqlite3_sleep(millis) >= u128::from(millis.unsigned_abs()) * 1000);
         }
         let connection = Connection::open(db.path()).unwrap();
         let other = Connection::open(db.path()).unwrap();
