@@ -172,27 +172,41 @@ fn open_hint_file(path: &CStr, hint_path: &CStr, may_create: bool) -> Result<Fil
             if !may_create {
                 return Err(NoBoard::Nobody);
             }
-            let like = sys::stat(path)?;
-            let created = sys::open(hint_path, Create::New(like.mode & 0o777));
-            if let Ok(fd) = &created {
-                // As for the lock file itself (`gate.rs`): not ours to insist.
-                let _ = sys::fchmod(fd.as_fd(), like.mode & 0o777);
-                let _ = sys::fchown(fd.as_fd(), like.uid, like.gid);
-            }
-            match created {
-                Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
-                    sys::open(hint_path, Create::No)?
-                }
-                created => created?,
-            }
+            create_hint_file(path, hint_path)
         }
-        opened => opened?,
+        opened => opened,
     };
-    let file = File::from(opened);
+    let file = File::from(opened.or_else(|error| because(advice(&error)))?);
     if !file.metadata()?.is_file() {
         return because("it is not a regular file; remove it");
     }
     Ok(file)
+}
+
+fn create_hint_file(path: &CStr, hint_path: &CStr) -> io::Result<OwnedFd> {
+    let like = sys::stat(path)?;
+    match sys::open(hint_path, Create::New(like.mode & 0o777)) {
+        Ok(fd) => {
+            // As for the lock file itself (`gate.rs`): not ours to insist.
+            let _ = sys::fchmod(fd.as_fd(), like.mode & 0o777);
+            let _ = sys::fchown(fd.as_fd(), like.uid, like.gid);
+            Ok(fd)
+        }
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => sys::open(hint_path, Create::No),
+        Err(error) => Err(error),
+    }
+}
+
+/// Why it cannot be opened or created, and what to do.
+fn advice(error: &io::Error) -> String {
+    match error.raw_os_error() {
+        Some(libc::EISDIR) => "it is a directory; remove it".to_owned(),
+        Some(libc::ELOOP) => "it is a symbolic link; remove it".to_owned(),
+        Some(libc::EACCES | libc::EPERM | libc::EROFS) => format!(
+            "{error}: give it the lock file's owner and mode, or, if it does not exist, make the folder writable"
+        ),
+        _ => error.to_string(),
+    }
 }
 
 fn read(file: &mut File) -> io::Result<String> {

@@ -12,8 +12,9 @@ use std::time::{Duration, Instant};
 
 use rusqlite::{Connection, ffi};
 use rustix::process::Signal;
-use support::agent::{Agent, Patience, Storm, Tally, Task, integer};
+use support::agent::{Agent, Patience, Task};
 use support::handles::Order;
+use support::storm::{PATIENT, commits, jain, longest, storm};
 use support::{TestDb, set_journal_mode};
 
 #[test]
@@ -84,55 +85,6 @@ fn writers_in_order(db: &TestDb) -> Vec<usize> {
     let rows = statement.query_map([], |row| row.get::<_, i64>(0)).unwrap();
     rows.map(|writer| writer.unwrap().try_into().unwrap()).collect()
 }
-
-/// Agents that write as much as they can at once.
-fn storm(db: &TestDb, vfs: &str, millis: u64, ballast: usize, all: &[Patience]) -> Vec<Tally> {
-    let start = db.beside("-start");
-    let line = File::create(&start).unwrap();
-    line.lock().unwrap();
-    let mut agents: Vec<Agent> =
-        all.iter().map(|_| if vfs == STOCK { Agent::stock() } else { Agent::start() }).collect();
-    for ((writer, agent), &patience) in agents.iter_mut().enumerate().zip(all) {
-        let uri = format!("file:{}?vfs={vfs}", db.path().display());
-        agent.send(&Task::Storm(Storm { uri, start: start.clone(), millis, patience, writer, ballast }));
-    }
-    for agent in &agents {
-        agent.await_flock();
-    }
-    drop(line);
-    let tallies: Vec<Tally> = agents.iter_mut().map(Agent::receive_tally).collect();
-    audit(db, &tallies);
-    tallies
-}
-
-/// Every commit that a writer was promised is there, once.
-fn audit(db: &TestDb, tallies: &[Tally]) {
-    let db = db.open(STOCK);
-    for (writer, tally) in tallies.iter().enumerate() {
-        let sql =
-            "SELECT count(*), count(DISTINCT number), coalesce(max(number) + 1, 0) FROM t WHERE writer = ?1";
-        let found: [i64; 3] =
-            db.query_row(sql, [integer(writer)], |row| Ok([row.get(0)?, row.get(1)?, row.get(2)?])).unwrap();
-        assert_eq!(found, [integer(tally.commits); 3], "writer {writer}");
-    }
-}
-
-/// (Σx)² / nΣx²: 1 if all have the same share, 1/n if one has all.
-fn jain(tallies: &[Tally]) -> f64 {
-    let shares = || tallies.iter().map(|tally| tally.commits as f64);
-    let sum: f64 = shares().sum();
-    sum * sum / (tallies.len() as f64 * shares().map(|share| share * share).sum::<f64>())
-}
-
-fn longest(tallies: &[Tally]) -> u64 {
-    tallies.iter().map(|tally| tally.longest).max().unwrap()
-}
-
-fn commits(tallies: &[Tally]) -> u64 {
-    tallies.iter().map(|tally| tally.commits).sum()
-}
-
-const PATIENT: Patience = Patience::Timeout(60_000);
 
 #[test]
 fn tight_writers_get_equal_shares_where_stock_starves_some() {

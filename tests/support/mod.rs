@@ -7,6 +7,7 @@ pub mod handles;
 pub mod killer;
 pub mod log;
 pub mod raw_file;
+pub mod storm;
 pub mod system_sqlite;
 pub mod tap_vfs;
 

@@ -1,0 +1,314 @@
+//! The hint file `<db>.lock-queue`: what can stand there, and what becomes of the queue then.
+//!
+//! In each case writers go on, none of their commits is lost or made twice, and there is one line in the log where the user
+//! has to do something. Once the cause is gone, the queue works again: those who wait sleep in its memory.
+
+mod support;
+
+use std::fs::{self, File, OpenOptions, Permissions};
+use std::os::unix::fs::{PermissionsExt, symlink};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use rusqlite::Connection;
+use support::agent::{Agent, Task};
+use support::storm::{PATIENT, commits, storm_of};
+use support::{TestDb, set_journal_mode};
+
+#[test]
+fn agent_process() {
+    support::agent::serve_if_asked();
+}
+
+/// Writers at once in each case, and for how many milliseconds.
+const WRITERS: usize = 4;
+const MILLIS: u64 = 250;
+
+fn database() -> TestDb {
+    let db = TestDb::new();
+    let connection = Connection::open(db.path()).unwrap();
+    set_journal_mode(&connection, "wal");
+    connection.execute_batch("CREATE TABLE t (writer, number, ballast)").unwrap();
+    File::create(db.lock_file()).unwrap();
+    db
+}
+
+fn hint(db: &TestDb) -> PathBuf {
+    db.beside(".lock-queue")
+}
+
+fn waiting_agent(db: &TestDb) -> Agent {
+    let mut agent = Agent::with_db(db.path(), "kanbanlock");
+    agent.execute("PRAGMA busy_timeout = 60000").unwrap();
+    agent
+}
+
+/// Writers all at once, audited; their logs.
+fn write_at_once(db: &TestDb, meanwhile: impl FnOnce(&AtomicBool) + Send) -> Vec<String> {
+    Connection::open(db.path()).unwrap().execute_batch("DELETE FROM t").unwrap();
+    let mut agents: Vec<Agent> = (0..WRITERS).map(|_| Agent::start()).collect();
+    let is_over = AtomicBool::new(false);
+    let tallies = std::thread::scope(|scope| {
+        scope.spawn(|| meanwhile(&is_over));
+        let tallies = storm_of(&mut agents, db, "kanbanlock", MILLIS, 0, &[PATIENT; WRITERS]);
+        is_over.store(true, Ordering::Relaxed);
+        tallies
+    });
+    assert!(tallies.iter().all(|tally| tally.commits > 0 && tally.busy == 0), "{tallies:?}");
+    println!("{} commits", commits(&tallies));
+    agents.iter_mut().map(Agent::log).collect()
+}
+
+/// Two that wait sleep in the memory that the hint file leads to.
+fn assert_queue_works(db: &TestDb) {
+    let mut agents = [waiting_agent(db), waiting_agent(db), waiting_agent(db)];
+    let [holder, first, second] = &mut agents;
+    holder.execute("BEGIN IMMEDIATE").unwrap();
+    for (number, waiter) in [first, second].into_iter().enumerate() {
+        waiter.send(&Task::Execute(format!("INSERT INTO t VALUES (100, {number}, NULL)")));
+        waiter.await_asleep(true);
+    }
+    holder.execute("COMMIT").unwrap();
+    agents[1..].iter_mut().for_each(|waiter| drop(waiter.receive().unwrap()));
+    assert_eq!(agents[0].query("SELECT count(*) FROM t WHERE writer = 100"), "2");
+    assert_eq!(agents.iter_mut().map(Agent::log).collect::<String>(), "");
+}
+
+/// Something stands in the way until `clear`: polling, one line from each connection that waited.
+fn assert_polls(expected: &str, obstruct: impl Fn(&Path), clear: impl Fn(&Path)) {
+    let db = database();
+    obstruct(&hint(&db));
+    let logs = write_at_once(&db, |_| ());
+    for log in &logs {
+        let lines: Vec<&str> = log.lines().filter(|line| line.contains("no fair queue")).collect();
+        assert!(lines.len() <= 1 && lines.iter().all(|line| line.contains(expected)), "{log}");
+    }
+    assert!(logs.concat().contains(expected), "nobody said why: {logs:?}");
+    clear(&hint(&db));
+    assert_queue_works(&db);
+}
+
+fn remove_file(path: &Path) {
+    fs::remove_file(path).unwrap();
+}
+
+#[test]
+fn something_else_in_the_hint_file() {
+    assert_polls("remove it", |hint| fs::write(hint, "#!/bin/sh\n").unwrap(), remove_file);
+    assert_polls("remove it", |hint| fs::write(hint, vec![0xff; 100_000]).unwrap(), remove_file);
+}
+
+#[test]
+fn a_hint_file_of_another_version() {
+    assert_polls("remove it", |hint| fs::write(hint, "kanbanlock queue 2\n1 2 3 4\n").unwrap(), remove_file);
+}
+
+#[test]
+fn a_directory() {
+    let remove = |hint: &Path| fs::remove_dir(hint).unwrap();
+    assert_polls("it is a directory; remove it", |hint| fs::create_dir(hint).unwrap(), remove);
+}
+
+#[test]
+fn a_symbolic_link_is_not_followed() {
+    assert_polls(
+        "it is a symbolic link; remove it",
+        |hint| symlink("elsewhere", hint).unwrap(),
+        |hint| {
+            assert!(!hint.parent().unwrap().join("elsewhere").exists());
+            remove_file(hint);
+        },
+    );
+}
+
+#[test]
+fn a_fifo_does_not_hang() {
+    let make = |hint: &Path| {
+        let _fork = support::no_fork_meanwhile();
+        assert!(std::process::Command::new("mkfifo").arg(hint).status().unwrap().success());
+    };
+    assert_polls("it is not a regular file; remove it", make, remove_file);
+}
+
+/// What leads nowhere is written anew, without a word.
+#[test]
+fn a_hint_that_leads_nowhere_is_replaced() {
+    let own = std::process::id();
+    for text in [
+        String::new(),
+        "kanbanlock queue 1\n".to_owned(),
+        "kanbanlock queue 1\n1 2 3".to_owned(),
+        "kanbanlock queue 1\nx y z t\n".to_owned(),
+        // Of this pid namespace: a process that does not exist, and a descriptor that is something else.
+        namespaced(&format!("{} 3 4", i32::MAX)),
+        namespaced(&format!("{own} 0 4")),
+        namespaced(&format!("{own} 999999 4")),
+    ] {
+        let db = database();
+        fs::write(hint(&db), &text).unwrap();
+        let logs = write_at_once(&db, |_| ());
+        assert_eq!(logs.concat(), "", "{text:?}");
+        assert_queue_works(&db);
+    }
+}
+
+fn namespaced(rest: &str) -> String {
+    use std::os::unix::fs::MetadataExt;
+    format!("kanbanlock queue 1\n{} {rest}\n", fs::metadata("/proc/self/ns/pid").unwrap().ino())
+}
+
+#[test]
+fn the_hint_of_another_database_is_not_believed() {
+    let (db, other) = (database(), database());
+    let mut holder = waiting_agent(&other);
+    let mut waiter = waiting_agent(&other);
+    holder.execute("BEGIN IMMEDIATE").unwrap();
+    waiter.send(&Task::Execute("BEGIN IMMEDIATE; COMMIT".to_owned()));
+    waiter.await_asleep(true);
+    fs::copy(hint(&other), hint(&db)).unwrap();
+    assert_eq!(write_at_once(&db, |_| ()).concat(), "");
+    assert_ne!(fs::read(hint(&other)).unwrap(), fs::read(hint(&db)).unwrap());
+    assert_queue_works(&db);
+    holder.execute("COMMIT").unwrap();
+    waiter.receive().unwrap();
+}
+
+#[test]
+fn truncated_deleted_and_littered_while_in_use() {
+    let meddle: [fn(&Path); 4] = [
+        |hint| drop(OpenOptions::new().write(true).truncate(true).open(hint)),
+        |hint| drop(fs::remove_file(hint)),
+        |hint| drop(fs::rename(hint, hint.with_extension("away"))),
+        |hint| {
+            if hint.exists() {
+                let _ = fs::write(hint, namespaced("9 9 9 9"));
+            }
+        },
+    ];
+    for meddle in meddle {
+        let db = database();
+        let path = hint(&db);
+        let again_and_again = |is_over: &AtomicBool| {
+            while !is_over.load(Ordering::Relaxed) {
+                meddle(&path);
+                std::thread::sleep(std::time::Duration::from_millis(2));
+            }
+        };
+        let _ = write_at_once(&db, again_and_again);
+        // The last word was perhaps the meddler's.
+        assert_queue_works(&db);
+    }
+}
+
+#[test]
+fn nobody_can_take_the_memory_away() {
+    let db = database();
+    assert_queue_works(&db);
+    let mut agents = [waiting_agent(&db), waiting_agent(&db)];
+    let [holder, waiter] = &mut agents;
+    holder.execute("BEGIN IMMEDIATE").unwrap();
+    waiter.send(&Task::Execute("BEGIN IMMEDIATE; COMMIT".to_owned()));
+    waiter.await_asleep(true);
+    let (pid, fd) = publisher(&db);
+    let memory = OpenOptions::new().write(true).open(format!("/proc/{pid}/fd/{fd}")).unwrap();
+    let length = memory.metadata().unwrap().len();
+    assert!(length > 0);
+    for size in [0, 1, length - 1, length + 1] {
+        assert_eq!(memory.set_len(size).unwrap_err().raw_os_error(), Some(libc::EPERM), "{size}");
+    }
+    holder.execute("COMMIT").unwrap();
+    waiter.receive().unwrap();
+}
+
+/// Where the hint file says that the memory is.
+fn publisher(db: &TestDb) -> (u32, u32) {
+    let text = fs::read_to_string(hint(db)).unwrap();
+    let mut numbers = text.lines().nth(1).unwrap().split(' ').skip(1).map(|number| number.parse().unwrap());
+    (numbers.next().unwrap(), numbers.next().unwrap())
+}
+
+/// The memory lives as long as somebody has it mapped; whoever comes after the publisher makes new memory, and those who
+/// wait in the old one move.
+#[test]
+fn the_publisher_is_killed_while_others_wait() {
+    let db = database();
+    let insert = |writer| Task::Execute(format!("INSERT INTO t VALUES ({writer}, 0, NULL)"));
+    let mut publishing = waiting_agent(&db);
+    let mut agents: Vec<Agent> = (0..3).map(|_| waiting_agent(&db)).collect();
+    let [holder, waiter, newcomer] = &mut agents[..] else { unreachable!() };
+    holder.execute("BEGIN IMMEDIATE").unwrap();
+    publishing.send(&insert(0));
+    publishing.await_asleep(true);
+    waiter.send(&insert(1));
+    waiter.await_asleep(true);
+    let pid = publishing.pid();
+    assert_eq!(publisher(&db).0, pid, "the first that was refused");
+    publishing.kill();
+    newcomer.send(&insert(2));
+    newcomer.await_asleep(true);
+    holder.execute("COMMIT").unwrap();
+    waiter.receive().unwrap();
+    newcomer.receive().unwrap();
+    assert_eq!(holder.query("SELECT count(*) FROM t"), "2");
+    assert_ne!(publisher(&db).0, pid);
+    assert_eq!(agents.iter_mut().map(Agent::log).collect::<String>(), "");
+    drop(agents);
+    assert_queue_works(&db);
+}
+
+#[test]
+fn publishers_are_killed_again_and_again() {
+    let db = database();
+    let kill = |is_over: &AtomicBool| {
+        while !is_over.load(Ordering::Relaxed) {
+            // A bystander that waits, and publishes if nobody else has, dies.
+            let bystander = waiting_agent(&db);
+            drop(bystander);
+            let _ = fs::remove_file(hint(&db));
+        }
+    };
+    assert_eq!(write_at_once(&db, kill).concat(), "");
+    assert_queue_works(&db);
+}
+
+/// A read-only hint file, or none in a folder that may not be written to: of a process that is not root.
+#[test]
+fn without_permission_there_is_polling() {
+    // SAFETY: no arguments, cannot fail.
+    if unsafe { libc::geteuid() } != 0 {
+        println!("SKIPPED: needs root, to become somebody else");
+        return;
+    }
+    for may_exist in [true, false] {
+        let db = database();
+        set_journal_mode(&Connection::open(db.path()).unwrap(), "delete");
+        let mode = |path: &Path, mode| fs::set_permissions(path, Permissions::from_mode(mode)).unwrap();
+        mode(db.path(), 0o666);
+        mode(&db.lock_file(), 0o666);
+        if may_exist {
+            fs::write(hint(&db), "").unwrap();
+            mode(&hint(&db), 0o444);
+        }
+        mode(db.dir(), 0o555);
+        let mut agents: Vec<Agent> = (0..3).map(|_| Agent::unprivileged()).collect();
+        for agent in &mut agents {
+            agent.ask(&Task::Open(format!("file:{}?vfs=kanbanlock", db.path().display()))).unwrap();
+            agent.execute("PRAGMA busy_timeout = 60000; PRAGMA journal_mode = memory").unwrap();
+        }
+        let (holder, waiters) = agents.split_first_mut().unwrap();
+        holder.execute("BEGIN IMMEDIATE").unwrap();
+        for waiter in &mut *waiters {
+            waiter.send(&Task::Execute("INSERT INTO t VALUES (0, 0, NULL)".to_owned()));
+            waiter.await_asleep(false);
+        }
+        holder.execute("COMMIT").unwrap();
+        for waiter in &mut *waiters {
+            waiter.receive().unwrap();
+            let log = waiter.log();
+            assert_eq!(log.lines().filter(|line| line.contains("no fair queue")).count(), 1, "{log}");
+            assert!(log.contains("give it the lock file's owner and mode"), "{log}");
+        }
+        assert_eq!(holder.query("SELECT count(*) FROM t"), "2");
+        mode(db.dir(), 0o755);
+    }
+}
