@@ -15,6 +15,7 @@ use rusqlite::Connection;
 use serde::{Deserialize, Serialize};
 
 use crate::Result;
+use crate::lock_calls::LockCalls;
 use crate::workload::{Lane, Operation, Workload, lock_file};
 
 /// The environment variable that holds the job, and thereby tells a lane's process from the parent.
@@ -47,7 +48,7 @@ pub(crate) fn job() -> Option<Result<Job>> {
 
 /// Does what the parent asks, until it stops asking.
 pub(crate) fn serve(job: Job) -> Result<()> {
-    if job.lane == Lane::Kanbanlock {
+    if job.lane.registers() {
         kanbanlock::register()?;
     }
     let mut client = Client::new(job)?;
@@ -68,6 +69,8 @@ struct Client {
     job: Job,
     /// None where there is none to keep: [`Lane::FlockPair`], [`Operation::OpenClose`].
     connection: Option<Connection>,
+    /// Open for life beside it, if the lane has one.
+    _companion: Option<Connection>,
     /// The application's own lock file, open for life.
     flock: Option<File>,
     done: u32,
@@ -77,11 +80,15 @@ impl Client {
     fn new(job: Job) -> Result<Self> {
         let flock = match job.lane {
             Lane::AppFlock | Lane::FlockPair => Some(File::create(lock_file(&job.database))?),
-            Lane::Unix | Lane::UnixAgain | Lane::Kanbanlock => None,
+            _ => None,
         };
-        let mut client = Self { job, connection: None, flock, done: 0 };
+        let companion = job.lane.open_companion(&job.database)?;
+        let mut client = Self { job, connection: None, _companion: companion, flock, done: 0 };
         if client.job.workload.operation != Operation::OpenClose {
             client.connection = client.open()?;
+        }
+        if let (Some(connection), true) = (&client.connection, client.job.workload.operation.is_lock()) {
+            client.job.workload.operation.run(connection, 0)?;
         }
         Ok(client)
     }
@@ -96,6 +103,16 @@ impl Client {
     }
 
     fn run(&mut self, transactions: u32) -> Result<u64> {
+        let operation = self.job.workload.operation;
+        if let (Some(connection), true) = (&self.connection, operation.is_lock()) {
+            let calls = LockCalls::new(connection, operation)?;
+            calls.run(1)?;
+            let start = Instant::now();
+            calls.run(transactions)?;
+            let time = start.elapsed();
+            self.done += 1 + transactions;
+            return Ok(u64::try_from(time.as_nanos())?);
+        }
         self.run_one()?;
         let start = Instant::now();
         for _ in 0..transactions {

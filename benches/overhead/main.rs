@@ -1,7 +1,7 @@
 //! What the lock costs: the benchmark of kanbanlock's overhead, and the generator of README's table.
 //!
 //! ```text
-//! cargo bench --bench overhead                       all of it, about five minutes
+//! cargo bench --bench overhead                       all of it, about six minutes
 //! cargo bench --bench overhead -- --quick            a look, a quarter of a minute
 //! cargo bench --bench overhead -- 'kanban, WAL'      a part of it, by criterion's filter
 //! cargo test --bench overhead                        each lane once, verified but not measured
@@ -14,7 +14,8 @@
 //!
 //! Each workload is a transaction (or an open/close), a journal mode and a place: tmpfs with
 //! `synchronous=OFF`, where a transaction is cheapest and the lock therefore looks worst, and the disk with
-//! `synchronous=NORMAL`, the usual case. It is run by up to five *lanes*:
+//! `synchronous=NORMAL`, the usual case. Two more are pairs of SQLite's lock calls by themselves (`lock_calls.rs`),
+//! which say what close-proof locks add to each. A workload is run by up to five *lanes*:
 //!
 //! | lane | what it is |
 //! |---|---|
@@ -22,6 +23,8 @@
 //! | `unix again` | the same once more. Its "overhead" is zero by construction, so what is printed for it is the noise floor (an A/A test) |
 //! | `kanbanlock` | the same statements through `?vfs=kanbanlock` |
 //! | `app-level flock` | stock SQLite; the application wraps `BEGIN IMMEDIATE … COMMIT` in its own flock, on a file it keeps open |
+//! | `close-proof` | lock calls only: stock's `unix` VFS in a process that has registered kanbanlock, so that its locks are close-proof and nothing else differs |
+//! | `opted out` | lock calls only: the same, but an idle kanbanlock connection to the file says `kanbanlock_close_proof=off` |
 //! | `flock pair` | no SQLite: one `flock(LOCK_EX)` and one `flock(LOCK_UN)`. Less than this no such lock can cost |
 //!
 //! # How, and why so
@@ -30,8 +33,8 @@
 //! seconds. Criterion measures one benchmark after the other, so that drift would be booked as overhead.
 //! Hence:
 //!
-//! - **Every lane is a process of its own**, this executable started again (`client.rs`), and only the
-//!   `kanbanlock` one calls [`kanbanlock::register`]. In one process there might be no stock lane left:
+//! - **Every lane is a process of its own**, this executable started again (`client.rs`), and only those
+//!   that are to have kanbanlock call [`kanbanlock::register`]. In one process there might be no stock lane left:
 //!   what registration installs, the system calls of close-proof locks for one, serves all of its unix VFSes.
 //! - **The lanes run interleaved** (`sitting.rs`): in each *round* every lane runs one small batch, timed
 //!   inside its process while the others wait, in an order that changes so that each lane follows each
@@ -45,9 +48,11 @@
 //!
 //! A sitting also verifies itself, or the run ends with an error: an outside process (the parent) sees the
 //! flock on `<db>.lock` held inside a write transaction of exactly those lanes that should hold it, and the
-//! database afterwards holds exactly the transactions that were asked for, and is whole.
+//! database afterwards holds exactly the transactions that were asked for, and is whole. For the lock calls it
+//! also sees in `/proc/locks` that the lane's locks belong to whom they should, process or open file description.
 
 mod client;
+mod lock_calls;
 mod machine;
 mod markers;
 mod sitting;

@@ -5,8 +5,10 @@
 //! lanes is prime, each lane is then in each position, and right behind each other lane, equally often.
 
 use std::cell::Cell;
+use std::collections::BTreeSet;
 use std::fs::{File, TryLockError};
 use std::io::{BufRead, BufReader, ErrorKind, Write};
+use std::os::linux::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::time::Duration;
@@ -146,10 +148,14 @@ impl Peer {
     fn finish(mut self, workload: Workload) -> Result<()> {
         self.ask(Ask::Begin)?;
         let inside = is_locked(&self.database)?;
+        let kinds = kinds_of_lock(&self.database)?;
         let done = self.ask(Ask::Rollback)?;
         let outside = is_locked(&self.database)?;
         if (inside, outside) != (self.lane.holds_flock(), false) {
             return Err(format!("flock held: {inside} inside, {outside} outside a write transaction").into());
+        }
+        if workload.operation.is_lock() && !kinds.iter().eq([self.lane.kind_of_lock()]) {
+            return Err(format!("SQLite's locks are {kinds:?}, not {}", self.lane.kind_of_lock()).into());
         }
         if done != u64::from(self.asked) {
             return Err(format!("{} transactions asked for, {done} done", self.asked).into());
@@ -173,6 +179,28 @@ impl Drop for Peer {
         let _ = self.process.kill();
         let _ = self.process.wait();
     }
+}
+
+/// The kinds of lock that are held on the database and its `-shm`, as the kernel lists them in `/proc/locks`: `POSIX`,
+/// a process's, or `OFDLCK`, an open file description's.
+fn kinds_of_lock(database: &Path) -> Result<BTreeSet<String>> {
+    let mut shm = database.as_os_str().to_owned();
+    shm.push("-shm");
+    let mut files = Vec::new();
+    for path in [database, Path::new(&shm)] {
+        match path.metadata() {
+            Ok(file) => {
+                let (major, minor) = (libc::major(file.st_dev()), libc::minor(file.st_dev()));
+                files.push(format!("{major:02x}:{minor:02x}:{}", file.st_ino()));
+            }
+            Err(error) if error.kind() == ErrorKind::NotFound => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+    let locks = std::fs::read_to_string("/proc/locks")?;
+    let of_these =
+        locks.lines().filter(|line| line.split(' ').any(|word| files.iter().any(|file| file == word)));
+    Ok(of_these.filter_map(|line| line.split_whitespace().nth(1)).map(str::to_owned).collect())
 }
 
 /// Whether someone holds the flock on the database's lock file, asked without making one.

@@ -73,10 +73,15 @@ pub(crate) enum Operation {
     /// else has the database open, so that in WAL mode each open makes `-wal` and `-shm` and each close
     /// takes the EXCLUSIVE lock and deletes them: the dearest case.
     OpenClose,
+    /// Nothing but a SHARED lock on the database, taken and given back (`lock_calls.rs`).
+    SharedLock,
+    /// Nothing but a READ slot of the wal-index, locked and unlocked.
+    ReadLock,
 }
 
 impl Operation {
-    const ALL: [Self; 4] = [Self::OneRowUpdate, Self::Kanban, Self::Read, Self::OpenClose];
+    const ALL: [Self; 6] =
+        [Self::OneRowUpdate, Self::Kanban, Self::Read, Self::OpenClose, Self::SharedLock, Self::ReadLock];
 
     pub(crate) fn name(self) -> &'static str {
         match self {
@@ -84,6 +89,8 @@ impl Operation {
             Self::Kanban => "kanban",
             Self::Read => "read",
             Self::OpenClose => "open/close",
+            Self::SharedLock => "SHARED lock",
+            Self::ReadLock => "READ slot",
         }
     }
 
@@ -91,7 +98,13 @@ impl Operation {
         matches!(self, Self::OneRowUpdate | Self::Kanban)
     }
 
-    /// Does it for the `n`th time. (Not for [`Operation::OpenClose`], whose SELECT is a `Read`.)
+    /// Whether it is a pair of lock calls, without a statement.
+    pub(crate) fn is_lock(self) -> bool {
+        matches!(self, Self::SharedLock | Self::ReadLock)
+    }
+
+    /// Does it for the `n`th time. ([`Operation::OpenClose`] and the locks begin with a `Read`, which is all that
+    /// is done here.)
     pub(crate) fn run(self, connection: &Connection, n: u32) -> Result<()> {
         let id = n % TASKS * 7919 % TASKS + 1; // 7919 is prime: every task once, then again
         let statement = |sql| -> rusqlite::Result<CachedStatement<'_>> { connection.prepare_cached(sql) };
@@ -108,7 +121,7 @@ impl Operation {
                 statement(UPSERT_RUN)?.execute([id, n])?;
                 statement("COMMIT")?.execute([])?;
             }
-            Self::Read | Self::OpenClose => {
+            Self::Read | Self::OpenClose | Self::SharedLock | Self::ReadLock => {
                 let read = statement(READ)?.query_row([id], |row| row.get::<_, u32>(0))?;
                 if read != id {
                     return Err(format!("asked for task {id}, read {read}").into());
@@ -184,6 +197,8 @@ pub(crate) enum Lane {
     Kanbanlock,
     AppFlock,
     FlockPair,
+    CloseProof,
+    OptedOut,
 }
 
 impl Lane {
@@ -194,15 +209,24 @@ impl Lane {
             Self::Kanbanlock => "kanbanlock",
             Self::AppFlock => "app-level flock",
             Self::FlockPair => "flock pair",
+            Self::CloseProof => "close-proof",
+            Self::OptedOut => "opted out",
         }
     }
 
     /// The VFS that its connections name.
     fn vfs(self) -> &'static str {
-        match self {
-            Self::Kanbanlock => kanbanlock::VFS_NAME,
-            Self::Unix | Self::UnixAgain | Self::AppFlock | Self::FlockPair => "unix",
-        }
+        if self == Self::Kanbanlock { kanbanlock::VFS_NAME } else { "unix" }
+    }
+
+    /// Whether its process registers kanbanlock, which installs the hooks of close-proof locks.
+    pub(crate) fn registers(self) -> bool {
+        matches!(self, Self::Kanbanlock | Self::CloseProof | Self::OptedOut)
+    }
+
+    /// What `/proc/locks` calls SQLite's own locks in this lane.
+    pub(crate) fn kind_of_lock(self) -> &'static str {
+        if matches!(self, Self::Kanbanlock | Self::CloseProof) { "OFDLCK" } else { "POSIX" }
     }
 
     /// Whether a write transaction of this lane holds the flock on `<db>.lock`.
@@ -212,20 +236,34 @@ impl Lane {
 
     /// Opens `database` as this lane does. An unknown VFS is an error of SQLite's, never a fallback.
     pub(crate) fn open(self, database: &Path) -> Result<Connection> {
-        let path = database.to_str().ok_or("the temporary directory's name is not UTF-8")?;
-        if path.contains(['?', '#', '%']) {
-            return Err(format!("{path} would have to be escaped in a URI").into());
-        }
-        let uri = format!("file:{path}?vfs={}", self.vfs());
-        let flags =
-            OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_URI | OpenFlags::SQLITE_OPEN_NO_MUTEX;
-        Ok(Connection::open_with_flags(uri, flags)?)
+        open(database, self.vfs())
     }
+
+    /// What must be open beside it, idle: a `unix` connection goes the way that it finds, so it is another one, through
+    /// kanbanlock, that opts the file out.
+    pub(crate) fn open_companion(self, database: &Path) -> Result<Option<Connection>> {
+        if self != Self::OptedOut {
+            return Ok(None);
+        }
+        open(database, &format!("{}&kanbanlock_close_proof=off", kanbanlock::VFS_NAME)).map(Some)
+    }
+}
+
+/// Opens `database` through a VFS, whose name may be followed by further URI parameters.
+fn open(database: &Path, vfs: &str) -> Result<Connection> {
+    let path = database.to_str().ok_or("the temporary directory's name is not UTF-8")?;
+    if path.contains(['?', '#', '%']) {
+        return Err(format!("{path} would have to be escaped in a URI").into());
+    }
+    let uri = format!("file:{path}?vfs={vfs}");
+    let flags =
+        OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_URI | OpenFlags::SQLITE_OPEN_NO_MUTEX;
+    Ok(Connection::open_with_flags(uri, flags)?)
 }
 
 /// One value per lane.
 #[derive(Clone, Copy, Default)]
-pub(crate) struct PerLane<T>([T; 5]);
+pub(crate) struct PerLane<T>([T; 7]);
 
 impl<T> Index<Lane> for PerLane<T> {
     type Output = T;
@@ -252,11 +290,24 @@ pub(crate) struct Workload {
 impl Workload {
     /// All of them, in the table's order.
     pub(crate) fn all() -> impl Iterator<Item = Self> {
-        Operation::ALL.into_iter().flat_map(|operation| {
-            Journal::ALL.into_iter().flat_map(move |journal| {
-                Place::ALL.into_iter().map(move |place| Self { operation, journal, place })
+        Operation::ALL
+            .into_iter()
+            .flat_map(|operation| {
+                Journal::ALL.into_iter().flat_map(move |journal| {
+                    Place::ALL.into_iter().map(move |place| Self { operation, journal, place })
+                })
             })
-        })
+            .filter(|workload| workload.has_its_own_row())
+    }
+
+    /// A lock touches no disk, so it is measured in one place, and in the journal mode whose transactions ask for it.
+    fn has_its_own_row(&self) -> bool {
+        let journal = match self.operation {
+            Operation::SharedLock => Journal::Delete,
+            Operation::ReadLock => Journal::Wal,
+            _ => return true,
+        };
+        self.journal == journal && self.place == Place::Memory
     }
 
     /// The lanes that run it, the baseline first. The application takes its flock around write
@@ -264,7 +315,13 @@ impl Workload {
     pub(crate) fn lanes(self) -> &'static [Lane] {
         const WRITERS: [Lane; 5] =
             [Lane::Unix, Lane::UnixAgain, Lane::Kanbanlock, Lane::AppFlock, Lane::FlockPair];
-        if self.operation.writes() { &WRITERS } else { &WRITERS[..3] }
+        const LOCKS: [Lane; 5] =
+            [Lane::Unix, Lane::UnixAgain, Lane::CloseProof, Lane::OptedOut, Lane::Kanbanlock];
+        match self.operation {
+            operation if operation.writes() => &WRITERS,
+            operation if operation.is_lock() => &LOCKS,
+            _ => &WRITERS[..3],
+        }
     }
 
     /// Whether each transaction syncs: a thousand times the others' time, so fewer of them must do.
@@ -275,7 +332,11 @@ impl Workload {
     /// Transactions in a timed batch: few, so that the batches of a round share the machine's mood, but
     /// enough to make light of reading the clock.
     pub(crate) fn batch(self) -> u32 {
-        if self.waits_for_disk() { 1 } else { 4 }
+        match self.operation {
+            _ if self.waits_for_disk() => 1,
+            operation if operation.is_lock() => 16,
+            _ => 4,
+        }
     }
 
     /// Makes the database that each lane gets a copy of.
@@ -308,7 +369,7 @@ impl Workload {
         let expected = match self.operation {
             Operation::OneRowUpdate => [transactions, 0, 0],
             Operation::Kanban => [transactions; 3],
-            Operation::Read | Operation::OpenClose => [0; 3],
+            Operation::Read | Operation::OpenClose | Operation::SharedLock | Operation::ReadLock => [0; 3],
         };
         if found != expected {
             return Err(format!("[updates, events, attempts] are {found:?}, committed {expected:?}").into());
