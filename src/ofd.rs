@@ -322,25 +322,36 @@ fn posix_call(copy_index: usize, fd: RawFd, cmd: c_int, lock: &mut libc::flock) 
     unsafe { (copy(copy_index).fcntl)(fd, cmd, lock) }
 }
 
+// The last thing it does to lock is a call of three arguments, of which the compiler makes a jump: the system call is as
+// deep in the stack as without the hook. A structure of its own to pass, a copy of `lock`, would make that impossible.
 #[inline(always)]
 fn ofd_call(copy_index: usize, slot: Slot, canonical: RawFd, cmd: c_int, lock: &mut libc::flock) -> c_int {
+    if cmd == libc::F_GETLK {
+        return ofd_getlk(copy_index, canonical, lock);
+    }
     // "EBADF: cmd is F_SETLK or F_SETLKW and the file descriptor open mode doesn't match with the type of lock
     // requested" (fcntl(2)): the user's mode counts, not the canonical description's.
-    if slot.is_read_only() && cmd != libc::F_GETLK && c_int::from(lock.l_type) == libc::F_WRLCK {
+    if slot.is_read_only() && c_int::from(lock.l_type) == libc::F_WRLCK {
         sys::set_errno(libc::EBADF);
         return -1;
     }
-    let ofd_cmd = match cmd {
-        libc::F_GETLK => libc::F_OFD_GETLK,
-        libc::F_SETLKW => libc::F_OFD_SETLKW,
-        _ => libc::F_OFD_SETLK,
-    };
-    // "The l_pid field must be set to zero", fcntl(2) on open file description locks.
+    // "The l_pid field must be set to zero", fcntl(2) on open file description locks. To F_SETLK it means nothing,
+    // and os_unix neither sets nor reads it.
+    lock.l_pid = 0;
+    let ofd_cmd = if cmd == libc::F_SETLKW { libc::F_OFD_SETLKW } else { libc::F_OFD_SETLK };
+    let lock: *mut libc::flock = lock;
+    // SAFETY: a lock command with its flock structure; `canonical` is open as long as the user has its slot.
+    unsafe { (copy(copy_index).fcntl)(canonical, ofd_cmd, lock) }
+}
+
+/// F_GETLK: the answer is copied back only if there is one.
+#[inline(never)]
+fn ofd_getlk(copy_index: usize, canonical: RawFd, lock: &mut libc::flock) -> c_int {
     let mut request = libc::flock { l_pid: 0, ..*lock };
     let request_ptr: *mut libc::flock = &raw mut request;
-    // SAFETY: a lock command with its flock structure; `canonical` is open as long as `fd` has its slot.
-    let result = unsafe { (copy(copy_index).fcntl)(canonical, ofd_cmd, request_ptr) };
-    if cmd == libc::F_GETLK && result == 0 {
+    // SAFETY: a lock command with its flock structure; `canonical` is open as long as the user has its slot.
+    let result = unsafe { (copy(copy_index).fcntl)(canonical, libc::F_OFD_GETLK, request_ptr) };
+    if result == 0 {
         *lock = request;
     }
     result

@@ -132,6 +132,28 @@ fn descriptors_of_one_inode_share_one_owner_until_the_last_close() {
     assert_eq!(seen(&stranger, 2), libc::F_UNLCK);
 }
 
+/// Rule 1: open file description locks want `l_pid` to be 0, or they are EINVAL; os_unix leaves there what was on its stack.
+/// Whether a lock can be had at the second call too, whose EINVAL would not become a POSIX lock, and F_GETLK's answer.
+#[test]
+fn l_pid_may_be_anything() {
+    let (db, stranger) = file();
+    let hooked = Hooked::open(db.path(), libc::O_RDWR);
+    for byte in [1, 2] {
+        let mut request = flock(libc::F_WRLCK, byte);
+        request.l_pid = 7;
+        assert_eq!(hooked.fcntl(libc::F_SETLK, (&raw mut request).cast()), 0);
+        let mut request = flock(libc::F_WRLCK, byte);
+        // SAFETY: an open descriptor and a flock structure.
+        assert_eq!(unsafe { libc::fcntl(stranger.as_raw_fd(), libc::F_GETLK, &raw mut request) }, 0);
+        assert_eq!(request.l_pid, -1, "an open file description's");
+    }
+    let mut request = flock(libc::F_WRLCK, 1);
+    request.l_pid = 7;
+    assert_eq!(hooked.fcntl(libc::F_GETLK, (&raw mut request).cast()), 0);
+    assert_eq!(c_int::from(request.l_type), libc::F_UNLCK, "its own lock is not in its way");
+    hooked.close();
+}
+
 /// Rule 3: "the file descriptor open mode doesn't match with the type of lock requested" is EBADF, as with F_SETLK.
 #[test]
 fn a_write_lock_through_a_read_only_descriptor_is_ebadf() {
