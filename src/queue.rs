@@ -64,8 +64,10 @@ const TIGHT: Micros = 100;
 const DISTRUST: u32 = 8;
 
 /// A seat that never sleeps here is passed over by all that do. After so many refusals …
-const RESCUE_REFUSALS: u32 = 4;
-/// … the gate is reserved until it comes back, if that is within this time, …
+const RESCUE_REFUSALS: u32 = 2;
+/// … the gate is reserved for it shortly before it is expected back …
+const RESCUE_AHEAD: Micros = 500;
+/// … and until it comes, if that is within this time, …
 const RESCUE_LONGEST: Micros = 100_000;
 /// … and the board has been busy for so many times as long as the gate may lie idle for it.
 const RESCUE_SHARE: Micros = 8;
@@ -116,6 +118,8 @@ struct Turn {
     leaves: AtomicU32,
     /// The owner has released the gate, but will ask for it again before this moment.
     kept: AtomicU64,
+    /// When the gate was last left alone for a seat that was to be rescued.
+    rescued: AtomicU64,
     /// Before this moment no seat is rescued.
     next_rescue: AtomicU64,
 }
@@ -222,11 +226,27 @@ impl Board {
             let ticket = slot.ticket.load(Relaxed);
             return Some(Waiter { slot: index, id, ticket, is_asleep: state & 0xff == IS_ASLEEP });
         }
-        // Dead, or nobody's. If it is claimed at this very moment, its new owner finds the bit missing and sets it again.
-        if state == FREE || slot.state.compare_exchange(state, FREE, SeqCst, SeqCst).is_ok() {
-            self.queued.0.fetch_and(!(1 << index), SeqCst);
+        if state != FREE {
+            self.free(index, state); // dead
+        } else if self.is_queued(index) && slot.state.load(SeqCst) == FREE {
+            // Left behind. (The bit that we have seen is mostly an old one.)
+            self.free(index, FREE);
         }
         None
+    }
+
+    fn is_queued(&self, index: usize) -> bool {
+        self.queued.0.load(SeqCst) & 1 << index != 0
+    }
+
+    /// Frees a slot in this state. The bit first: whoever claims the slot then sets it after.
+    fn free(&self, index: usize, state: u64) {
+        let slot = self.slot(index);
+        self.queued.0.fetch_and(!(1 << index), SeqCst);
+        if slot.state.compare_exchange(state, FREE, SeqCst, SeqCst).is_err() {
+            // Its owner is back, or it has another one.
+            self.queued.0.fetch_or(1 << index, SeqCst);
+        }
     }
 
     /// Whose turn it is next: the lowest ticket of those asleep, or one that has to be rescued.
@@ -241,7 +261,8 @@ impl Board {
     /// on to each other, it would find the gate taken each time. So now and then the gate is left alone until it comes
     /// back, which is soon if it comes at regular times.
     fn rescue(&self, sleeper: &Waiter, now: Micros) -> Option<(Waiter, Micros)> {
-        if now < self.turn.0.next_rescue.load(Relaxed).min(now + HORIZON) {
+        let turn = &self.turn.0;
+        if is_ahead(turn.next_rescue.load(Relaxed), now + 1) {
             return None;
         }
         let is_stranded = |waiter: &Waiter| {
@@ -254,12 +275,14 @@ impl Board {
         let slot = self.slot(stranded.slot);
         let interval = slot.interval.load(Relaxed);
         let expected = slot.refused.load(Relaxed).saturating_add(interval);
-        // It may be late: twice as long, and a little.
-        let lease = expected.saturating_sub(now).saturating_add(interval).saturating_add(LEASE);
-        if lease > RESCUE_LONGEST {
+        // Until shortly before, the others can go on; and it may be late: twice as long, and a little.
+        let wait = expected.saturating_sub(now);
+        let lease = expected.saturating_add(interval).saturating_add(LEASE).saturating_sub(now);
+        if wait > RESCUE_AHEAD + interval / 8 || !(1..=RESCUE_LONGEST).contains(&lease) {
             return None;
         }
-        self.turn.0.next_rescue.store(now + RESCUE_SHARE * lease.min(HORIZON / RESCUE_SHARE), Relaxed);
+        turn.rescued.store(now, Relaxed);
+        turn.next_rescue.store(now + RESCUE_SHARE * lease, Relaxed);
         Some((stranded, lease))
     }
 }
@@ -279,6 +302,10 @@ pub struct Seat<B: AsRef<Board>> {
     ticket: AtomicU64,
     /// [`SLOTS`]: none.
     slot: AtomicU32,
+    /// As in [`Slot`], where others may see it; a slot is lost when the seat is late, this is not.
+    refusals: AtomicU32,
+    refused: AtomicU64,
+    interval: AtomicU64,
     /// When it last released the gate with others waiting; 0: it has asked for it again since.
     released: AtomicU64,
     is_tight: AtomicBool,
@@ -316,6 +343,9 @@ impl<B: AsRef<Board>> Seat<B> {
             slice,
             ticket: AtomicU64::new(0),
             slot: AtomicU32::new(NO_SLOT),
+            refusals: AtomicU32::new(0),
+            refused: AtomicU64::new(0),
+            interval: AtomicU64::new(0),
             released: AtomicU64::new(0),
             is_tight: AtomicBool::new(false),
             has_asked: AtomicBool::new(false),
@@ -392,15 +422,22 @@ impl<B: AsRef<Board>> Seat<B> {
         if is_new {
             self.draw();
         }
+        let since = now.saturating_sub(self.refused.swap(now, Relaxed));
+        if is_new {
+            self.refusals.store(1, Relaxed);
+            self.interval.store(0, Relaxed);
+        } else if since != 0 {
+            // 0: the second try of the same attempt.
+            self.refusals.store(self.refusals.load(Relaxed).saturating_add(1), Relaxed);
+            self.interval.store(since, Relaxed);
+        }
         if let Some(slot) = self.publish(now) {
-            let since = now.saturating_sub(slot.refused.swap(now, Relaxed));
-            let refusals = if is_new { 0 } else { slot.refusals.load(Relaxed) };
-            slot.refusals.store(refusals.saturating_add(1), Relaxed);
-            if refusals > 0 {
-                slot.interval.store(since, Relaxed);
-            }
+            let interval = self.interval.load(Relaxed);
+            slot.refused.store(now, Relaxed);
+            slot.interval.store(interval, Relaxed);
+            slot.refusals.store(self.refusals.load(Relaxed), Relaxed);
             // One that sleeps elsewhere is expected back after as long as the last time, or twice that.
-            slot.due.store(now + AWAY + 2 * slot.interval.load(Relaxed).min(RESCUE_LONGEST), SeqCst);
+            slot.due.store(now + AWAY + 2 * interval.min(RESCUE_LONGEST), SeqCst);
         }
         is_new
     }
@@ -427,8 +464,6 @@ impl<B: AsRef<Board>> Seat<B> {
             if is_dead && slot.state.compare_exchange(state, away, SeqCst, SeqCst).is_ok() {
                 slot.ticket.store(self.ticket.load(Relaxed), Relaxed);
                 slot.refusals.store(0, Relaxed);
-                slot.interval.store(0, Relaxed);
-                slot.refused.store(now, Relaxed);
                 slot.due.store(now + AWAY, SeqCst);
                 board.queued.0.fetch_or(1 << index, SeqCst);
                 self.slot.store(index, Relaxed);
@@ -445,6 +480,11 @@ impl<B: AsRef<Board>> Seat<B> {
         // Over long ago, and unlike any other: whoever has looked at the board before that, and is about to reserve the gate
         // for one that slept then, this seat above all, sees that somebody has had it since.
         let seen = turn.reservation.load(SeqCst);
+        if self.refusals.load(Relaxed) >= RESCUE_REFUSALS && reserved_for(seen, now) == Some(self.id) {
+            // It has come. What the gate did not lie idle for, others need not make up for.
+            let idle = now.saturating_sub(turn.rescued.load(Relaxed)).min(RESCUE_LONGEST);
+            turn.next_rescue.store(now + RESCUE_SHARE * idle, Relaxed);
+        }
         if reserved_for(seen, now).is_none_or(|id| id == self.id) {
             let over = reservation(self.id, now.saturating_sub(HORIZON));
             let _ = turn.reservation.compare_exchange(seen, over, SeqCst, SeqCst);
@@ -654,6 +694,7 @@ impl<B: AsRef<Board>> Seat<B> {
             };
             if is_next || now >= end {
                 slot.refusals.store(0, Relaxed);
+                self.refusals.store(0, Relaxed);
                 slot.due.store(now + AWAY, SeqCst);
                 slot.state.store(u64::from(self.id) << 8 | IS_AWAY, SeqCst);
                 return Waited { micros: now - start, is_next };
@@ -677,9 +718,8 @@ impl<B: AsRef<Board>> Seat<B> {
         }
         let slot = self.at().slot(index);
         let state = slot.state.load(SeqCst);
-        let is_ours = state >> 8 == u64::from(self.id);
-        if is_ours && slot.state.compare_exchange(state, FREE, SeqCst, SeqCst).is_ok() {
-            self.at().queued.0.fetch_and(!(1 << index), SeqCst);
+        if state >> 8 == u64::from(self.id) {
+            self.at().free(index, state);
         }
     }
 }

@@ -520,7 +520,7 @@ fn shares(kind: Kind, hold: Micros, slice: Micros) -> (usize, usize, Micros) {
     let mut some = clients(8, Client { transactions: usize::MAX, hold, ..CLIENT });
     some.push(Client { kind, ..some[0] });
     let mut scenario = Scenario::new(some).seeded(1, 20);
-    (scenario.ends, scenario.slice, scenario.is_strict) = (Some(2_000_000), slice, false);
+    (scenario.ends, scenario.slice, scenario.is_strict) = (Some(1_000_000), slice, false);
     scenario.plan.points_per_micro = 30;
     scenario.plan.longest_idle = 200_000;
     let result = expect_right(&scenario, "shares");
@@ -530,12 +530,14 @@ fn shares(kind: Kind, hold: Micros, slice: Micros) -> (usize, usize, Micros) {
 
 #[test]
 fn a_busy_handler_that_sleeps_by_itself_gets_a_share() {
-    for slice in [0, 1000] {
-        for micros in [1, 2, 5, 10, 20].map(|ms| ms * 1000) {
-            for kind in [Kind::Custom(micros), Kind::Irregular(micros)] {
-                let (own, all, wait) = shares(kind, 60, slice);
-                println!("slice {slice}, {kind:?}: {own} of {all}, longest wait {wait}");
-            }
+    for micros in [1, 5, 20].map(|ms| ms * 1000) {
+        for kind in [Kind::Custom(micros), Kind::Irregular(micros)] {
+            let (own, all, wait) = shares(kind, 60, 1000);
+            println!("{kind:?}: {own} turns of {all}, longest wait {wait} us");
+            // Regular: at the third attempt, mostly. Irregular: it may miss its date some times.
+            let longest =
+                if matches!(kind, Kind::Custom(_)) { 5 * micros + 20_000 } else { 20 * micros + 20_000 };
+            assert!(wait <= longest, "{kind:?}: waited {wait} us");
         }
     }
 }
