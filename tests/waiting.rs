@@ -497,22 +497,28 @@ fn a_connection_that_was_refused_moves_on_while_its_old_thread_sleeps() {
 
 #[test]
 fn a_busy_handler_that_sleeps_by_itself_gets_a_share_beside_eight_that_queue() {
-    let _alone = alone();
+    const LENGTH: u64 = 600;
     for journal_mode in ["wal", "delete"] {
-        for own in [1, 2, 5, 20].into_iter().flat_map(|ms| [Patience::Sleeps(ms), Patience::SleepsUpTo(ms)]) {
-            let mut all = [PATIENT; 9];
-            all[8] = own;
-            let tallies = storm(&database(journal_mode), SHIM, 1000, 0, &all);
-            let (queued, lone) = tallies.split_at(8);
-            println!(
-                "{journal_mode}, {own:?}: {} commits beside {}, longest wait {} us beside {}; Jain of the queued {:.3}",
-                lone[0].commits,
-                commits(queued),
-                lone[0].longest,
-                longest(queued),
-                jain(queued)
-            );
-            assert!(lone[0].commits > 0);
+        for millis in [1, 20] {
+            for own in [Patience::Sleeps(millis), Patience::SleepsUpTo(millis)] {
+                eventually(|| {
+                    let mut all = [PATIENT; 9];
+                    all[8] = own;
+                    let tallies = storm(&database(journal_mode), SHIM, LENGTH, 0, &all);
+                    let (queued, lone) = tallies.split_at(8);
+                    println!(
+                        "{journal_mode}, {own:?}: {} commits beside {}, longest wait {} us beside {}; Jain of the queued {:.3}",
+                        lone[0].commits,
+                        commits(queued),
+                        lone[0].longest,
+                        longest(queued),
+                        jain(queued)
+                    );
+                    // Without a rule for it: one of 700.
+                    require(40 * millis * lone[0].commits >= LENGTH, || format!("{own:?}: {:?}", lone[0]))?;
+                    require(jain(queued) > 0.9, || format!("{own:?}: {queued:?}"))
+                });
+            }
         }
     }
 }
@@ -569,7 +575,8 @@ fn a_reader_beside_eight_tight_writers_is_not_starved() {
             });
             println!("{vfs}: {} reads beside {} commits", reads[place], commits(&tallies));
         }
-        require(reads[0] >= reads[1], || format!("{} reads, stock {}", reads[0], reads[1]))
+        // Fewer than on stock, where the writers leave the lock alone for a while again and again; but its share.
+        require(5 * reads[0] >= reads[1], || format!("{} reads, stock {}", reads[0], reads[1]))
     });
 }
 
