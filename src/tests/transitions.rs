@@ -30,7 +30,7 @@ use std::ffi::c_int;
 use std::fmt;
 
 use crate::lock::{LockLevel, ShmRequest};
-use crate::state::{Ask, CheckpointPolicy, Reply, State};
+use crate::state::{Ask, CheckpointPolicy, Reply, Row, State};
 use crate::tests::unix_locks::{
     CKPT, LOCK_EXCLUSIVE, LOCK_SHARED, READS, READS_1_TO_4, UNLOCK_EXCLUSIVE, WRITE, mask,
 };
@@ -720,6 +720,23 @@ fn the_machine_follows_the_table_with_free_checkpoints() {
 fn the_machine_follows_the_table_with_gated_checkpoints() {
     let tally = met_rows(CheckpointPolicy::Gate);
     assert!(tally.rows.contains_key("K1") && tally.rows.contains_key("K2"), "{tally:?}");
+}
+
+/// Row K3: `auto` is one of the two others, from one checkpoint to the next. Which one is the driver's to say.
+#[test]
+fn auto_gates_a_checkpoint_or_does_not() {
+    let checkpoint = request(ShmLockExclusive(CKPT));
+    let auto = State::new(CheckpointPolicy::Auto);
+    assert_eq!(auto.ask_shm(checkpoint), Ask::Forward, "until it is told otherwise");
+    let long = auto.with_policy(CheckpointPolicy::Gate);
+    assert_eq!(long.ask_shm(checkpoint), Ask::AwaitGate, "K3, as K1");
+    let (gated, row) = long.shm_done(checkpoint, Reply::Ok);
+    assert_eq!((gated.wants_gate(), row), (true, Row::K1));
+    let (done, _) = gated.shm_done(request(ShmUnlock(CKPT)), Reply::Ok);
+    assert!(!done.wants_gate());
+    let refused = long.with_policy(CheckpointPolicy::Free);
+    let (free, row) = refused.shm_done(checkpoint, Reply::Ok);
+    assert_eq!((free.wants_gate(), row), (false, Row::S5), "K3, refused: as S5");
 }
 
 /// Compares, and checks that every row is met but K1 and K2, which the caller knows about.
