@@ -49,7 +49,7 @@
 //! A sitting also verifies itself, or the run ends with an error: an outside process (the parent) sees the
 //! flock on `<db>.lock` held inside a write transaction of exactly those lanes that should hold it, and the
 //! database afterwards holds exactly the transactions that were asked for, and is whole. For the lock calls it
-//! also sees in `/proc/locks` that the lane's locks belong to whom they should, process or open file description.
+//! also sees in `/proc/<pid>/fdinfo` that the lane's locks belong to whom they should, process or open file description.
 
 mod client;
 mod lock_calls;

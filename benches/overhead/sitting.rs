@@ -8,7 +8,6 @@ use std::cell::Cell;
 use std::collections::BTreeSet;
 use std::fs::{File, TryLockError};
 use std::io::{BufRead, BufReader, ErrorKind, Write};
-use std::os::linux::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::time::Duration;
@@ -148,7 +147,7 @@ impl Peer {
     fn finish(mut self, workload: Workload) -> Result<()> {
         self.ask(Ask::Begin)?;
         let inside = is_locked(&self.database)?;
-        let kinds = kinds_of_lock(&self.database)?;
+        let kinds = kinds_of_lock(self.process.id())?;
         let done = self.ask(Ask::Rollback)?;
         let outside = is_locked(&self.database)?;
         if (inside, outside) != (self.lane.holds_flock(), false) {
@@ -181,26 +180,18 @@ impl Drop for Peer {
     }
 }
 
-/// The kinds of lock that are held on the database and its `-shm`, as the kernel lists them in `/proc/locks`: `POSIX`,
-/// a process's, or `OFDLCK`, an open file description's.
-fn kinds_of_lock(database: &Path) -> Result<BTreeSet<String>> {
-    let mut shm = database.as_os_str().to_owned();
-    shm.push("-shm");
-    let mut files = Vec::new();
-    for path in [database, Path::new(&shm)] {
-        match path.metadata() {
-            Ok(file) => {
-                let (major, minor) = (libc::major(file.st_dev()), libc::minor(file.st_dev()));
-                files.push(format!("{major:02x}:{minor:02x}:{}", file.st_ino()));
-            }
-            Err(error) if error.kind() == ErrorKind::NotFound => {}
-            Err(error) => return Err(error.into()),
-        }
+/// The kinds of fcntl(2) lock that a process holds, as the kernel lists them for each of its descriptors: `POSIX`, the
+/// process's own, or `OFDLCK`, an open file description's. (Not by `/proc/locks`: that is the whole machine's list, and
+/// while others lock and unlock, a reader of it may miss lines.)
+fn kinds_of_lock(process: u32) -> Result<BTreeSet<String>> {
+    let mut kinds = BTreeSet::new();
+    for descriptor in std::fs::read_dir(format!("/proc/{process}/fdinfo"))? {
+        let info = std::fs::read_to_string(descriptor?.path())?;
+        let locks = info.lines().filter_map(|line| line.strip_prefix("lock:"));
+        kinds.extend(locks.filter_map(|lock| lock.split_whitespace().nth(1)).map(str::to_owned));
     }
-    let locks = std::fs::read_to_string("/proc/locks")?;
-    let of_these =
-        locks.lines().filter(|line| line.split(' ').any(|word| files.iter().any(|file| file == word)));
-    Ok(of_these.filter_map(|line| line.split_whitespace().nth(1)).map(str::to_owned).collect())
+    kinds.remove("FLOCK");
+    Ok(kinds)
 }
 
 /// Whether someone holds the flock on the database's lock file, asked without making one.

@@ -224,7 +224,7 @@ impl Lane {
         matches!(self, Self::Kanbanlock | Self::CloseProof | Self::OptedOut)
     }
 
-    /// What `/proc/locks` calls SQLite's own locks in this lane.
+    /// What the kernel calls, in `/proc/<pid>/fdinfo`, SQLite's own locks in this lane.
     pub(crate) fn kind_of_lock(self) -> &'static str {
         if matches!(self, Self::Kanbanlock | Self::CloseProof) { "OFDLCK" } else { "POSIX" }
     }
