@@ -707,9 +707,13 @@ fn close(descriptor: &mut Option<Descriptor>) {
 }
 
 /// Who holds a flock on the file `id`: the pid in `/proc/locks` (proc(5)), in this pid namespace.
+pub fn read_flock_holder(id: FileId) -> io::Result<Option<u32>> {
+    let locks = std::fs::read_to_string("/proc/locks")?;
+    Ok(parse_flock_holder(&locks, id))
+}
+
 fn flock_holder(id: FileId) -> Option<u32> {
-    let locks = std::fs::read_to_string("/proc/locks").ok()?;
-    parse_flock_holder(&locks, id)
+    read_flock_holder(id).ok().flatten()
 }
 
 /// What a process was started with, for a message: `/proc/PID/cmdline`. proc(5)

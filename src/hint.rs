@@ -21,13 +21,13 @@
 //!
 //! Uses: `fork`, `queue`, `sys`.
 
-use std::ffi::{CStr, CString, OsStr};
+use std::ffi::{CStr, CString, OsStr, c_int};
 use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::mem::{align_of, size_of};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::{FileExt, MetadataExt};
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::Path;
 use std::ptr::NonNull;
 use std::sync::{Arc, Mutex, MutexGuard, TryLockError, Weak};
@@ -129,14 +129,38 @@ pub fn find(path: &CStr, lock_file: FileId, may_create: bool) -> Result<SharedHi
             return Ok(SharedHint(hint));
         }
     }
-    let mut hint_path = path.to_bytes().to_vec();
-    hint_path.extend_from_slice(b"-queue");
-    let hint_path = CString::new(hint_path).unwrap_or_default();
-    let hint = Arc::new(open(path, &hint_path, lock_file, may_create)?);
+    let hint = Arc::new(open(path, &hint_path(path), lock_file, may_create)?);
     if let Some(mut boards) = boards() {
         boards.push(Arc::downgrade(&hint));
     }
     Ok(SharedHint(hint))
+}
+
+/// Shows `look` the board, which it may only read: it is mapped so. Creates and changes nothing.
+///
+/// # Errors
+///
+/// [`NoBoard`]
+pub fn view<T>(path: &CStr, lock_file: FileId, look: impl FnOnce(&Board) -> T) -> Result<T, NoBoard> {
+    let name = |path: &CStr| Path::new(OsStr::from_bytes(path.to_bytes())).to_owned();
+    let flags = libc::O_NOFOLLOW | libc::O_NONBLOCK | libc::O_NOCTTY;
+    let mut file = match File::options().read(true).custom_flags(flags).open(name(&hint_path(path))) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Err(NoBoard::Nobody),
+        opened => opened?,
+    };
+    if !file.metadata()?.is_file() {
+        return because("it is not a regular file; remove it");
+    }
+    let place = Place::parse(&read(&mut file)?, path)?.ok_or(NoBoard::Nobody)?;
+    let memory = place.open(lock_file, libc::O_RDONLY)?.ok_or(NoBoard::Nobody)?;
+    Ok(look(Mapping::new(&memory, libc::O_RDONLY)?.board()))
+}
+
+/// `<db>.lock-queue`
+fn hint_path(path: &CStr) -> CString {
+    let mut hint_path = path.to_bytes().to_vec();
+    hint_path.extend_from_slice(b"-queue");
+    CString::new(hint_path).unwrap_or_default()
 }
 
 fn open(path: &CStr, hint_path: &CStr, lock_file: FileId, may_create: bool) -> Result<Hint, NoBoard> {
@@ -144,7 +168,7 @@ fn open(path: &CStr, hint_path: &CStr, lock_file: FileId, may_create: bool) -> R
     for attempt in 0.. {
         let text = read(&mut file)?;
         if let Some(place) = Place::parse(&text, path)? {
-            if let Some(memory) = place.open(lock_file)? {
+            if let Some(memory) = place.open(lock_file, libc::O_RDWR)? {
                 return Hint::new(memory, path, lock_file, file, text);
             }
         }
@@ -221,7 +245,7 @@ fn make(path: &CStr, lock_file: FileId, file: &mut File) -> Result<Option<(Owned
     let memory = sys::sealed_memory(MEMORY_NAME, SIZE)?;
     // The memory's mode decides, beside ptrace's rules, who may open it through /proc.
     sys::fchmod(memory.as_fd(), sys::stat(path)?.mode & 0o777)?;
-    let mapping = Mapping::new(&memory)?;
+    let mapping = Mapping::new(&memory, libc::O_RDWR)?;
     mapping.board().initialise(lock_file.numbers());
     let inode = sys::fstat(memory.as_fd())?.id.numbers().1;
     let (namespace, pid, fd) = (pid_namespace()?, std::process::id(), memory.as_raw_fd());
@@ -265,18 +289,18 @@ impl Place {
     }
 
     /// `None`: it is not there any more.
-    fn open(&self, lock_file: FileId) -> Result<Option<OwnedFd>, NoBoard> {
+    fn open(&self, lock_file: FileId, access_mode: c_int) -> Result<Option<OwnedFd>, NoBoard> {
         if self.namespace != pid_namespace()? {
             return because("it belongs to processes of another pid namespace (another container)");
         }
-        let memory = match sys::reopen_sealed_memory(self.pid, self.fd, MEMORY_NAME) {
+        let memory = match sys::reopen_sealed_memory(self.pid, self.fd, MEMORY_NAME, access_mode) {
             Ok(memory) => memory,
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
             Err(error) => return because(format!("the memory of process {}: {error}", self.pid)),
         };
         let is_it = sys::is_sealed_memory(memory.as_fd(), SIZE)
             && sys::fstat(memory.as_fd())?.id.numbers().1 == self.inode
-            && Mapping::new(&memory)?.board().is_of(lock_file.numbers());
+            && Mapping::new(&memory, access_mode)?.board().is_of(lock_file.numbers());
         Ok(is_it.then_some(memory))
     }
 }
@@ -285,9 +309,9 @@ impl Place {
 struct Mapping(NonNull<Board>);
 
 impl Mapping {
-    /// `memory`: sealed, of SIZE bytes.
-    fn new(memory: &OwnedFd) -> io::Result<Mapping> {
-        sys::map_shared(memory.as_fd(), SIZE).map(|address| Mapping(address.cast()))
+    /// `memory`: sealed, of SIZE bytes, and open in this mode.
+    fn new(memory: &OwnedFd, access_mode: c_int) -> io::Result<Mapping> {
+        sys::map_shared(memory.as_fd(), SIZE, access_mode).map(|address| Mapping(address.cast()))
     }
 
     fn board(&self) -> &Board {
@@ -315,7 +339,7 @@ impl Hint {
         if sys::fstat(probe.as_fd())?.id != lock_file {
             return because("the lock file was replaced");
         }
-        let board = sys::map_shared(memory.as_fd(), SIZE)?.cast();
+        let board = sys::map_shared(memory.as_fd(), SIZE, libc::O_RDWR)?.cast();
         for fd in [memory.as_raw_fd(), probe.as_raw_fd(), file.as_raw_fd()] {
             fork::close_in_child(fd);
         }

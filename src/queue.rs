@@ -150,6 +150,9 @@ struct Slot {
     /// When it was refused last, and how long after the time before.
     refused: AtomicU64,
     interval: AtomicU64,
+    /// The process that waits, and since when it has had this slot: for those that look on.
+    since: AtomicU64,
+    pid: AtomicU32,
 }
 
 /// A slot as somebody else sees it.
@@ -161,7 +164,42 @@ struct Waiter {
     is_asleep: bool,
 }
 
+/// What the board says to somebody who only looks on ([`Board::glimpse`]).
+#[derive(Clone, Debug)]
+pub struct Glimpse {
+    /// The process that holds the gate, and since when.
+    pub holder: Option<(u32, Micros)>,
+    /// Those that wait, the next first: process, since when, and whether it sleeps in [`Seat::wait`].
+    pub waiters: Vec<(u32, Micros, bool)>,
+    /// How many tickets were drawn.
+    pub tickets: u64,
+    /// How many releases somebody waited for, modulo 2³².
+    pub releases: u32,
+    /// How many seats have sat here, modulo 2³².
+    pub seats: u32,
+}
+
 impl Board {
+    /// What the board says now. Reads only.
+    pub fn glimpse(&self, now: Micros) -> Glimpse {
+        let mut waiters: Vec<(u64, (u32, Micros, bool))> = Vec::new();
+        for Line(slot) in &self.slots.0 {
+            let state = slot.state.load(SeqCst);
+            if state != FREE && is_ahead(slot.due.load(SeqCst), now) {
+                let waiter = (slot.pid.load(Relaxed), slot.since.load(Relaxed), state & 0xff == IS_ASLEEP);
+                waiters.push((slot.ticket.load(Relaxed), waiter));
+            }
+        }
+        waiters.sort_by_key(|(ticket, _)| *ticket);
+        Glimpse {
+            holder: self.holder(),
+            waiters: waiters.into_iter().map(|(_, waiter)| waiter).collect(),
+            tickets: self.tickets.0.load(Relaxed),
+            releases: self.turn.0.releases.load(Relaxed),
+            seats: self.seats.load(Relaxed),
+        }
+    }
+
     /// "kanbanlock queue, layout 1".
     const MAGIC: u64 = u64::from_le_bytes(*b"kanbanq1");
 
@@ -464,6 +502,8 @@ impl<B: AsRef<Board>> Seat<B> {
             if is_dead && slot.state.compare_exchange(state, away, SeqCst, SeqCst).is_ok() {
                 slot.ticket.store(self.ticket.load(Relaxed), Relaxed);
                 slot.refusals.store(0, Relaxed);
+                slot.since.store(now, Relaxed);
+                slot.pid.store(self.pid, Relaxed);
                 slot.due.store(now + AWAY, SeqCst);
                 board.queued.0.fetch_or(1 << index, SeqCst);
                 self.slot.store(index, Relaxed);

@@ -283,16 +283,16 @@ pub fn reopen(fd: BorrowedFd<'_>, access_mode: c_int) -> io::Result<OwnedFd> {
     reopen_link(&format!("/proc/self/fd/{}\0", fd.as_raw_fd()), access_mode)
 }
 
-/// The same of descriptor `fd` of process `pid`, for reading and writing, if it is memory that [`sealed_memory`] has called
+/// The same of descriptor `fd` of process `pid`, if it is memory that [`sealed_memory`] has called
 /// `name`: "memfd: … the target of the corresponding symbolic link in /proc/self/fd/ and is always prefixed with memfd:",
 /// memfd_create(2). ENOENT if it is anything else: a process number comes again, and to open a device does something.
-pub fn reopen_sealed_memory(pid: u32, fd: u32, name: &str) -> io::Result<OwnedFd> {
+pub fn reopen_sealed_memory(pid: u32, fd: u32, name: &str, access_mode: c_int) -> io::Result<OwnedFd> {
     let link = format!("/proc/{pid}/fd/{fd}");
     let target = std::fs::read_link(&link)?;
     if !target.to_string_lossy().starts_with(&format!("/memfd:{name} ")) {
         return Err(io::Error::from(io::ErrorKind::NotFound));
     }
-    reopen_link(&format!("{link}\0"), libc::O_RDWR)
+    reopen_link(&format!("{link}\0"), access_mode)
 }
 
 /// `link`: NUL-terminated.
@@ -418,9 +418,10 @@ pub fn is_sealed_memory(fd: BorrowedFd<'_>, size: usize) -> bool {
     is_sealed && fstat(fd).is_ok_and(|attributes| usize::try_from(attributes.size) == Ok(size))
 }
 
-/// Maps `size` bytes of `fd`, shared, for reading and writing: mmap(2). Never unmapped here.
-pub fn map_shared(fd: BorrowedFd<'_>, size: usize) -> io::Result<NonNull<u8>> {
-    let access = libc::PROT_READ | libc::PROT_WRITE;
+/// Maps `size` bytes of `fd`, shared, for reading, and with `access_mode` O_RDWR for writing: mmap(2). Never unmapped here.
+pub fn map_shared(fd: BorrowedFd<'_>, size: usize, access_mode: c_int) -> io::Result<NonNull<u8>> {
+    let access =
+        if access_mode == libc::O_RDWR { libc::PROT_READ | libc::PROT_WRITE } else { libc::PROT_READ };
     // SAFETY: a new mapping at an address of the kernel's choice touches no memory that is in use.
     let address =
         unsafe { libc::mmap(std::ptr::null_mut(), size, access, libc::MAP_SHARED, fd.as_raw_fd(), 0) };

@@ -13,7 +13,7 @@ const LAYERS: &[&[&str]] = &[
     &["hint"],
     &["wait"],
     &["gate"],
-    &["driver", "options"],
+    &["driver", "options", "inspect"],
     &["shim"],
     &["file"],
     &["io"],
