@@ -3,8 +3,12 @@
 //! Each subcommand is a module with its `Args` and `run(Args) -> Result<ExitCode, Failure>`. The command knows the library
 //! by its public interface only.
 
+mod database;
 mod docs;
+mod doctor;
 mod failure;
+mod processes;
+mod status;
 
 use std::io::ErrorKind;
 use std::process::ExitCode;
@@ -13,9 +17,9 @@ use clap::Parser;
 
 use failure::Failure;
 
-/// Command-line interface.
+/// Looks at, checks and guards SQLite databases that are written through kanbanlock.
 #[derive(Debug, Parser)]
-#[command(name = "kanbanlock", version, about, max_term_width = 100, after_long_help = EXIT_STATUS)]
+#[command(name = "kanbanlock", version, max_term_width = 100, after_long_help = EXIT_STATUS)]
 pub struct Cli {
     #[command(subcommand)]
     command: Command,
@@ -36,6 +40,10 @@ Exit status, as flock(1)'s:
 
 #[derive(Debug, clap::Subcommand)]
 enum Command {
+    Status(status::Args),
+    Doctor(doctor::Args),
+    #[command(hide = true)]
+    LockProbe(doctor::ProbeArgs),
     Completions(docs::CompletionsArgs),
     Man(docs::ManArgs),
 }
@@ -51,6 +59,9 @@ fn main() -> ExitCode {
         }
     };
     let result = match cli.command {
+        Command::Status(args) => status::run(args),
+        Command::Doctor(args) => doctor::run(args),
+        Command::LockProbe(args) => doctor::probe(&args),
         Command::Completions(args) => docs::completions(&args),
         Command::Man(args) => docs::man(&args),
     };
