@@ -98,7 +98,7 @@ fn preload(folder: &Path, source: &str) -> PathBuf {
 #[test]
 fn a_network_file_system_is_found() {
     let db = written();
-    let source = "#include <sys/vfs.h>\n#include <sys/syscall.h>\n#include <unistd.h>\n\
+    let source = "#define _GNU_SOURCE\n#include <sys/vfs.h>\n#include <sys/syscall.h>\n#include <unistd.h>\n\
         int statfs(const char *path, struct statfs *b) {\n\
         int rc = syscall(SYS_statfs, path, b); b->f_type = 0x6969; return rc; }\n\
         int statfs64(const char *path, struct statfs64 *b) { return statfs(path, (struct statfs *)b); }\n";
@@ -112,7 +112,7 @@ fn locks_that_do_not_exclude_are_found() {
     let no_flock = preload(db.dir(), "int flock(int fd, int operation) { return 0; }\n");
     let found = doctor_with(db.path(), &[("LD_PRELOAD", &no_flock)]);
     assert_found(found, "locks", "flock against flock: another process gets a lock that is held");
-    let source = "#include <stdarg.h>\n#include <sys/syscall.h>\n#include <unistd.h>\n#define _GNU_SOURCE\n\
+    let source = "#include <stdarg.h>\n#include <sys/syscall.h>\n#include <unistd.h>\n\
         int fcntl(int fd, int command, ...) {\n\
         va_list list; va_start(list, command); void *argument = va_arg(list, void *); va_end(list);\n\
         if (command == 37 /* F_OFD_SETLK */) return 0;\n\
