@@ -168,7 +168,7 @@ pub struct Scan {
 pub fn scan(db: &Path) -> Result<Scan, Failure> {
     let mut files = BTreeMap::new();
     for (file, suffix) in File::ALL {
-        if let Ok(Stat { id, .. }) = stat(CWD, &beside(db, suffix)) {
+        if let Ok(Stat { id, .. }) = stat(CWD, beside(db, suffix)) {
             files.insert(id, file);
         }
     }
