@@ -15,6 +15,9 @@
 //! - Only LOCK_NB: nothing here waits for another process, but for the bounded [`Gate::await_acquire`]. Waiting is for
 //!   xSleep (`wait.rs`), when SQLite holds no lock; here a refusal leaves the note that it needs.
 //! - While others wait, the queue (`queue.rs`) says who may try the flock. Without it: whoever comes.
+//! - In a process that a holder of the gate has started (`held.rs`), the gate is an inner one: a lock of the same lock file
+//!   that strangers do not take. The outer locks are asked for first, at each acquire, through what was inherited. There is
+//!   no queue then: its board is the strangers', who wait for the outer lock, and must not come first.
 //! - errno is left as it was found.
 //!
 //! ## Cost
@@ -25,7 +28,7 @@
 //! exclude each other, and a `close()` elsewhere in the process does not cancel it, unlike the POSIX locks
 //! beneath SQLite.
 //!
-//! Uses: `wait`, `hint`, `queue`, `fork`, `host`, `sys`, `stats`, `error`.
+//! Uses: `wait`, `hint`, `held`, `queue`, `fork`, `host`, `sys`, `stats`, `error`.
 
 use std::cell::{Cell, RefCell};
 use std::ffi::{CStr, CString, OsStr, c_int};
@@ -33,11 +36,13 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
+use std::process::Command;
 use std::sync::Arc;
 use std::time::Duration;
 
 use crate::error::rc;
 use crate::fork;
+use crate::held;
 use crate::hint::{self, NoBoard};
 use crate::host::Host;
 use crate::queue::{Micros, Seat};
@@ -144,6 +149,8 @@ pub struct LockFile {
 struct Descriptor {
     fd: OwnedFd,
     id: FileId,
+    /// Mostly none: `held.rs`.
+    outer: Vec<OwnedFd>,
     /// When it was last checked that the name leads to it; `None`: not yet.
     checked: Option<Checked>,
 }
@@ -153,6 +160,27 @@ struct Checked {
     at: Tick,
     /// The file's ctime then.
     changed: (libc::time_t, libc::c_long),
+}
+
+impl Descriptor {
+    #[inline]
+    fn try_lock(&self) -> io::Result<bool> {
+        if self.outer.is_empty() { sys::flock_exclusive_nb(self.fd.as_fd()) } else { self.try_lock_inside() }
+    }
+
+    #[inline(never)]
+    fn try_lock_inside(&self) -> io::Result<bool> {
+        for (depth, outer) in self.outer.iter().enumerate() {
+            if !held::try_lock(outer.as_fd(), depth)? {
+                return Ok(false);
+            }
+        }
+        held::try_lock(self.fd.as_fd(), self.outer.len())
+    }
+
+    fn unlock(&self) -> io::Result<()> {
+        held::unlock(self.fd.as_fd(), self.outer.len())
+    }
 }
 
 /// Why the gate cannot be had, other than that another holds it.
@@ -201,8 +229,7 @@ impl LockFile {
                 Some(descriptor) => descriptor,
                 None => slot.insert(self.open()?),
             };
-            let acquired =
-                sys::flock_exclusive_nb(descriptor.fd.as_fd()).map_err(|error| self.flock_failure(&error))?;
+            let acquired = descriptor.try_lock().map_err(|error| self.flock_failure(&error))?;
             if !acquired {
                 // Waiting anyway, so look closely: the holder of a dead file must not keep us out.
                 descriptor.checked = None;
@@ -259,7 +286,7 @@ impl LockFile {
                 Err(error) => return Err(error),
             };
         descriptor.checked = is_in_place.then_some(Checked { at: now, changed: attributes.changed });
-        if is_in_place {
+        if is_in_place && descriptor.outer.is_empty() {
             self.check_seat(descriptor.id, false);
         }
         Ok(is_in_place)
@@ -310,8 +337,13 @@ impl LockFile {
 
     /// The seat at the queue; if there is no queue yet, now there is.
     fn seat_or_new(&self) -> Option<Arc<ConnectionSeat>> {
+        // A reader that has to wait has not opened the lock file.
+        let is_inside =
+            self.descriptor.borrow().as_ref().map_or(held::is_inside(), |open| !open.outer.is_empty());
+        if is_inside {
+            return None;
+        }
         if self.seat.borrow().is_none() {
-            // A reader that has to wait has not opened the lock file.
             let opened = self.descriptor.borrow().as_ref().map(|descriptor| descriptor.id);
             let lock_file = opened.or_else(|| sys::lstat(&self.path).ok().map(|there| there.id))?;
             self.check_seat(lock_file, true);
@@ -385,8 +417,24 @@ impl LockFile {
         if !attributes.is_regular() {
             return Err(self.not_regular(&attributes));
         }
-        fork::close_in_child(fd.as_raw_fd());
-        Ok(Descriptor { fd, id: attributes.id, checked: None })
+        let held::Outer { descriptors: outer, complaint } = held::outer(attributes.id);
+        if let Some(complaint) = complaint {
+            self.host.log(
+                rc::WARNING,
+                &format!(
+                    "kanbanlock: {} names a holder of {}, but its {complaint}. This connection waits for that holder",
+                    held::VARIABLE,
+                    self.path().display()
+                ),
+            );
+        }
+        if !outer.is_empty() {
+            self.seat.replace(None);
+        }
+        for fd in outer.iter().chain([&fd]) {
+            fork::close_in_child(fd.as_raw_fd());
+        }
+        Ok(Descriptor { fd, id: attributes.id, outer, checked: None })
     }
 
     #[inline(never)]
@@ -398,14 +446,14 @@ impl LockFile {
             return; // LOCK_UN would unlock the parent's description
         }
         let mut descriptor = self.descriptor.borrow_mut();
-        let Some(Descriptor { fd, .. }) = descriptor.as_ref() else {
+        let Some(open) = descriptor.as_ref() else {
             return; // granted without a lock file (Fallback::Unlocked)
         };
         let seat = self.seat.borrow();
         if let Some(seat) = &*seat {
             seat.releases_now();
         }
-        if let Err(error) = sys::flock_unlock(fd.as_fd()) {
+        if let Err(error) = open.unlock() {
             self.host.log(
                 rc::WARNING,
                 &format!("kanbanlock: {} cannot be unlocked: {error}; closing it", self.path().display()),
@@ -413,6 +461,42 @@ impl LockFile {
             // "the lock is released … when all such file descriptors have been closed", flock(2).
             close(&mut descriptor);
         }
+        if let Some(seat) = seat.as_ref().filter(|seat| !seat.is_alone()) {
+            seat.released(sys::micros());
+        }
+    }
+
+    /// For a holder without a connection (`hold.rs`): [`Gate::try_acquire`], with the failure in words.
+    pub fn try_hold(&self) -> Result<bool, String> {
+        match self.acquire() {
+            Ok(true) => Ok(self.granted()),
+            Ok(false) => Ok(self.refused()),
+            Err(failure) => Err(failure.message),
+        }
+    }
+
+    /// While it is held: lets the program of `command` use the database, and what that starts in turn.
+    pub fn hand_down(&self, command: &mut Command) -> io::Result<()> {
+        let descriptor = self.descriptor.borrow();
+        let Descriptor { fd, id, .. } = descriptor.as_ref().ok_or(io::ErrorKind::NotFound)?;
+        let number = sys::inherit(command, fd.as_fd())?;
+        command.env(held::VARIABLE, held::variable_with(number, *id));
+        Ok(())
+    }
+
+    /// Gives the gate up by closing it: whoever has inherited it keeps it. ("The lock is released either by an explicit
+    /// LOCK_UN operation on any of these duplicate file descriptors, or when all such file descriptors have been closed",
+    /// flock(2).)
+    pub fn leave_to_heirs(&self) {
+        if !self.held.replace(false) || self.is_inherited() {
+            return;
+        }
+        stats::RELEASED.increment();
+        let seat = self.seat.borrow();
+        if let Some(seat) = &*seat {
+            seat.releases_now();
+        }
+        close(&mut self.descriptor.borrow_mut());
         if let Some(seat) = seat.as_ref().filter(|seat| !seat.is_alone()) {
             seat.released(sys::micros());
         }
@@ -448,34 +532,48 @@ impl LockFile {
         false
     }
 
-    /// One process that wraps its own flock around a kanbanlock connection waits for itself.
+    /// One process that wraps its own flock around a kanbanlock connection waits for itself; so does the command of
+    /// `flock db.lock command`.
     fn warn_if_self_deadlocked(&self) {
         let descriptor = self.descriptor.borrow();
-        let Some(Descriptor { id, .. }) = *descriptor else { return };
+        let Some(Descriptor { id, .. }) = descriptor.as_ref().filter(|open| open.outer.is_empty()) else {
+            return;
+        };
         // Held by this process, but by none of its kanbanlock connections: then by the application. Twice, since a waiting
         // connection tries the flock for a moment (`Hint::is_free`).
-        let is_own = || flock_holder(id) == Some(std::process::id()) && stats::snapshot().held == 0;
-        if is_own() && is_own() {
+        let is_own = || flock_holder(*id) == Some(std::process::id()) && stats::snapshot().held == 0;
+        let has_inherited = || held::is_flocked_here(*id) && stats::snapshot().held == 0;
+        let is_own = is_own() && is_own();
+        if is_own || (has_inherited() && has_inherited()) {
             self.has_warned_self_deadlock.set(true);
             self.has_named_holder.set(true);
-            self.host.log(
-                rc::WARNING,
-                &format!(
-                    "kanbanlock: this process (pid {}) itself holds the flock on {}, through a descriptor of \
+            let (process, path) = (std::process::id(), self.path().display());
+            let message = if is_own {
+                format!(
+                    "kanbanlock: this process (pid {process}) itself holds the flock on {path}, through a descriptor of \
                      its own, so its connection waits for itself. Remove the application's flock: \
-                     kanbanlock takes it for every write transaction",
-                    std::process::id(),
-                    self.path().display()
-                ),
-            );
+                     kanbanlock takes it for every write transaction"
+                )
+            } else {
+                format!(
+                    "kanbanlock: this process (pid {process}) was started by a holder of the flock on {path} and has \
+                     inherited it, so its connection waits for itself. Instead of flock(1), use `kanbanlock run`, which \
+                     lets its command write"
+                )
+            };
+            self.host.log(rc::WARNING, &message);
         }
     }
 
     /// Says in the log whom a long wait is for.
     fn name_holder(&self, waited: Micros) {
         let descriptor = self.descriptor.borrow();
-        let Some(Descriptor { id, .. }) = *descriptor else { return };
-        let holder = match flock_holder(id) {
+        let Some(open) = descriptor.as_ref() else { return };
+        let holder = match flock_holder(open.id) {
+            // OFD locks have no pid (/proc/locks says -1).
+            _ if !open.outer.is_empty() => {
+                format!("held by another of those that {} was handed down to", held::VARIABLE)
+            }
             Some(pid) => format!("held by process {pid} ({}){}", command_line(pid), self.held_for(pid)),
             None => "not held at this moment, or by a process that cannot be seen from here".to_owned(),
         };
@@ -701,8 +799,10 @@ impl Drop for LockFile {
 }
 
 fn close(descriptor: &mut Option<Descriptor>) {
-    if let Some(Descriptor { fd, .. }) = descriptor.take() {
-        fork::forget(fd.as_raw_fd());
+    if let Some(Descriptor { fd, outer, .. }) = descriptor.take() {
+        for fd in outer.iter().chain([&fd]) {
+            fork::forget(fd.as_raw_fd());
+        }
     }
 }
 

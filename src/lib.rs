@@ -59,7 +59,9 @@ pub mod ffi;
 mod file;
 mod fork;
 mod gate;
+mod held;
 mod hint;
+mod hold;
 mod host;
 mod inspect;
 mod io;
@@ -82,6 +84,7 @@ mod tests;
 
 pub use error::RegisterError;
 pub use gate::Fallback;
+pub use hold::{Hold, HoldError};
 pub use host::HostApi;
 pub use inspect::{Holder, Inspection, Queue, Waiter, inspect};
 pub use options::Options;

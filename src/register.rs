@@ -9,7 +9,7 @@
 //! - Which VFS is the default belongs to the copy of SQLite, not to the VFS: a later registration may ask for it, and
 //!   one that does not ask does not take it back.
 //!
-//! Uses: `vfs`, `shim`, `fork`, `ofd`, `host`, `real`, `options`, `ffi`, `error`.
+//! Uses: `vfs`, `shim`, `fork`, `held`, `ofd`, `host`, `real`, `options`, `ffi`, `error`.
 
 use std::ffi::CString;
 use std::ptr::NonNull;
@@ -20,6 +20,7 @@ use once_cell::sync::OnceCell;
 use crate::error::{RegisterError, rc};
 use crate::ffi;
 use crate::fork;
+use crate::held;
 use crate::host::{Host, HostApi};
 use crate::ofd;
 use crate::options::Options;
@@ -87,6 +88,7 @@ pub unsafe fn register_with(api: HostApi, options: &Options) -> Result<(), Regis
     registry.push(registered);
     drop(registry);
     fork::install();
+    held::is_inside(); // reads the variable now, and not beside a setenv(3) of some later thread's
     if options.close_proof {
         install_close_proof_locks(shim);
     }

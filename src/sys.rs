@@ -14,6 +14,8 @@ use std::ffi::{CStr, CString, c_int};
 use std::io;
 use std::mem::MaybeUninit;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::os::unix::process::CommandExt;
+use std::process::Command;
 use std::ptr::NonNull;
 use std::sync::atomic::AtomicU32;
 
@@ -273,6 +275,80 @@ pub fn ofd_unlock_all(fd: BorrowedFd<'_>) -> io::Result<()> {
     }
     // SAFETY: `fd` is borrowed, hence open; the command takes a pointer to a flock structure.
     check(unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_OFD_SETLK, &raw mut unlock) })
+}
+
+/// Write-locks one byte for this open file description: fcntl(2), F_OFD_SETLK. `Ok(false)`: another has it locked
+/// ("EACCES or EAGAIN: operation is prohibited by locks held by other processes").
+pub fn ofd_lock_byte_nb(fd: BorrowedFd<'_>, byte: usize) -> io::Result<bool> {
+    match ofd_set(fd, libc::F_WRLCK, byte) {
+        Ok(()) => Ok(true),
+        Err(error) if matches!(error.raw_os_error(), Some(libc::EACCES | libc::EAGAIN)) => Ok(false),
+        Err(error) => Err(error),
+    }
+}
+
+/// The opposite.
+pub fn ofd_unlock_byte(fd: BorrowedFd<'_>, byte: usize) -> io::Result<()> {
+    ofd_set(fd, libc::F_UNLCK, byte)
+}
+
+fn ofd_set(fd: BorrowedFd<'_>, lock_type: c_int, byte: usize) -> io::Result<()> {
+    // SAFETY: a structure of integers, for which all zeroes are valid: SEEK_SET, and l_pid 0 as F_OFD_SETLK wants it.
+    let mut lock: libc::flock = unsafe { std::mem::zeroed() };
+    #[allow(clippy::cast_possible_truncation)] // 0, 1 or 2
+    {
+        lock.l_type = lock_type as libc::c_short;
+    }
+    lock.l_start = libc::off_t::try_from(byte).map_err(|_| io::Error::from(io::ErrorKind::InvalidInput))?;
+    lock.l_len = 1;
+    retry_eintr(|| {
+        // SAFETY: `fd` is borrowed, hence open; the command takes a pointer to a flock structure, and only reads it.
+        unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_OFD_SETLK, &raw const lock) }
+    })
+    .map(|_| ())
+}
+
+/// What the kernel says of `fd`, the locks of its open file description included: `/proc/self/fdinfo/FD`, proc(5).
+pub fn locks_of(fd: BorrowedFd<'_>) -> io::Result<String> {
+    std::fs::read_to_string(format!("/proc/self/fdinfo/{}", fd.as_raw_fd()))
+}
+
+/// Another descriptor of the open file description behind number `fd`, O_CLOEXEC; EBADF if that is not open: fcntl(2),
+/// F_DUPFD_CLOEXEC.
+pub fn duplicate_number(fd: RawFd) -> io::Result<OwnedFd> {
+    // SAFETY: F_DUPFD_CLOEXEC takes an int, and answers EBADF for a number that is not open: nothing is assumed of it.
+    let copy = unsafe { libc::fcntl(fd, libc::F_DUPFD_CLOEXEC, 3) };
+    check(copy)?;
+    // SAFETY: fcntl(2) has just returned this descriptor.
+    Ok(unsafe { OwnedFd::from_raw_fd(copy) })
+}
+
+/// True if a program that is executed inherits `fd`: no FD_CLOEXEC. fcntl(2), F_GETFD
+pub fn is_inheritable(fd: RawFd) -> bool {
+    // SAFETY: F_GETFD takes no argument, and answers EBADF for a number that is not open: nothing is assumed of it.
+    let flags = unsafe { libc::fcntl(fd, libc::F_GETFD) };
+    flags != -1 && flags & libc::FD_CLOEXEC == 0
+}
+
+/// Lets the program of `command` inherit this open file description; answers its number there. It stays O_CLOEXEC here, so
+/// that nothing else that is started meanwhile inherits it, and open as long as `command` lives.
+///
+/// The number is 10 or more: a shell script's `exec 3>file` must not hit it (POSIX has shells support 0 to 9).
+pub fn inherit(command: &mut Command, fd: BorrowedFd<'_>) -> io::Result<RawFd> {
+    // SAFETY: `fd` is borrowed, hence open; F_DUPFD_CLOEXEC takes an int.
+    let copy = unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_DUPFD_CLOEXEC, 10) };
+    check(copy)?;
+    // SAFETY: fcntl(2) has just returned this descriptor.
+    let copy = unsafe { OwnedFd::from_raw_fd(copy) };
+    let number = copy.as_raw_fd();
+    let keep = move || {
+        // SAFETY: the child's copy of `copy`, hence open; F_SETFD takes an int: no FD_CLOEXEC.
+        check(unsafe { libc::fcntl(copy.as_raw_fd(), libc::F_SETFD, 0) })
+    };
+    // SAFETY: between fork and exec, `keep` makes one fcntl(2), which is async-signal-safe (signal-safety(7)), and allocates
+    // nothing: an error of check() is a number.
+    unsafe { command.pre_exec(keep) };
+    Ok(number)
 }
 
 /// A new open file description, O_CLOEXEC, of the file that `fd` is open on: "for file descriptors for … files,

@@ -7,13 +7,13 @@ use std::path::{Path, PathBuf};
 /// The layers, bottom first. A file uses only files of lower layers (ARCHITECTURE.md, "The picture").
 const LAYERS: &[&[&str]] = &[
     &["lock", "error", "ffi", "sys", "stats"],
-    &["host", "state", "real", "queue"],
+    &["host", "state", "real", "queue", "held"],
     &["ofd", "place"],
     &["fork"],
     &["hint"],
     &["wait"],
     &["gate"],
-    &["driver", "options", "inspect"],
+    &["driver", "options", "inspect", "hold"],
     &["shim"],
     &["file"],
     &["io"],
@@ -23,7 +23,7 @@ const LAYERS: &[&[&str]] = &[
 
 /// The files that may hold unsafe code. Everything else is safe Rust.
 const UNSAFE: &[&str] =
-    &["ffi", "file", "fork", "hint", "host", "io", "lib", "ofd", "real", "register", "sys", "vfs"];
+    &["ffi", "file", "fork", "hint", "hold", "host", "io", "lib", "ofd", "real", "register", "sys", "vfs"];
 
 fn sources() -> BTreeMap<String, String> {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
