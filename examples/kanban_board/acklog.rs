@@ -11,7 +11,7 @@ use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
-use crate::Result;
+use super::Result;
 
 /// One line of the log.
 #[derive(Serialize, Deserialize)]

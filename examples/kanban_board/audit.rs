@@ -11,11 +11,11 @@ use rusqlite::types::Value;
 use rusqlite::{Connection, OptionalExtension as _, params};
 use serde::Serialize;
 
-use crate::Result;
-use crate::acklog::{self, Entry};
-use crate::board::{self, Counted, DDL, Database, MIGRATIONS};
-use crate::crew::{Record, Shift};
-use crate::job::{self, Role};
+use super::Result;
+use super::acklog::{self, Entry};
+use super::board::{self, Counted, DDL, Database, MIGRATIONS};
+use super::crew::{Record, Shift};
+use super::job::{self, Role};
 
 /// How many findings of a check are printed.
 const SHOWN: usize = 5;

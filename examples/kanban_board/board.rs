@@ -23,8 +23,8 @@ use rusqlite::{
 };
 use serde::{Deserialize, Serialize};
 
-use crate::Result;
-use crate::job::{self, Journal, Synchronous};
+use super::Result;
+use super::job::{self, Journal, Synchronous};
 
 /// The schema's steps; `PRAGMA user_version` counts those that are done. None says IF NOT EXISTS: a step made
 /// twice, because two processes believed they held the write lock, must fail.
@@ -84,7 +84,7 @@ const BACKLOG: i64 = 64;
 const BLOCKED_MAX: i64 = 16;
 
 /// The database, and how every process opens it.
-#[derive(Clone, Serialize, Deserialize)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) struct Database {
     pub(crate) path: PathBuf,
     pub(crate) vfs: String,

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use fastrand::Rng;
 use rustix::process::Signal;
 
-use crate::crew::{Crew, Disturber};
+use super::crew::{Crew, Disturber};
 
 /// Shortest and longest time between two kills, in milliseconds.
 const KILLS_MS: std::ops::Range<u64> = 50..800;

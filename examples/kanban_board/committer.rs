@@ -7,11 +7,11 @@ use std::time::Instant;
 
 use rusqlite::Transaction;
 
-use crate::Result;
-use crate::acklog::Entry;
-use crate::board::{self, CommitId, Event};
-use crate::job::Job;
-use crate::session::{Session, Signal, nanoseconds, say};
+use super::Result;
+use super::acklog::Entry;
+use super::board::{self, CommitId, Event};
+use super::job::Job;
+use super::session::{Session, Signal, nanoseconds, say};
 
 /// A worker's session and the id of its next commit.
 pub(crate) struct Committer {

@@ -18,11 +18,11 @@ use std::time::{Duration, Instant};
 use indicatif::{HumanBytes, HumanCount, ProgressBar, ProgressStyle};
 use rustix::process::{Pid, Signal as Posix, kill_process};
 
-use crate::Result;
-use crate::board::Database;
-use crate::job::{self, Job, Role};
-use crate::place::{Place, beside};
-use crate::session::Signal;
+use super::Result;
+use super::board::Database;
+use super::job::{self, Job, Role};
+use super::place::{Place, beside};
+use super::session::Signal;
 
 /// How often the WAL's size is looked at, at least.
 const TICK: Duration = Duration::from_millis(20);
@@ -156,7 +156,7 @@ impl<'a> Crew<'a> {
             stray_closes: self.plan.stray_closes,
         };
         let mut process = Command::new(&self.executable)
-            .arg("--child")
+            .args(super::CHILD)
             .arg(serde_json::to_string(&job)?)
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())

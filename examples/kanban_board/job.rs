@@ -10,11 +10,11 @@ use clap::ValueEnum;
 use rusqlite::{Connection, OpenFlags};
 use serde::{Deserialize, Serialize};
 
-use crate::Result;
-use crate::board::Database;
+use super::Result;
+use super::board::Database;
 
 /// `PRAGMA journal_mode`
-#[derive(Clone, Copy, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub(crate) enum Journal {
     Wal,
@@ -22,7 +22,7 @@ pub(crate) enum Journal {
 }
 
 /// `PRAGMA synchronous`
-#[derive(Clone, Copy, ValueEnum, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, ValueEnum, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub(crate) enum Synchronous {
     Off,
@@ -32,7 +32,7 @@ pub(crate) enum Synchronous {
 }
 
 /// What a child process is.
-#[derive(Clone, Copy, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub(crate) enum Role {
     Worker,
@@ -40,7 +40,7 @@ pub(crate) enum Role {
 }
 
 /// All that a child process is told.
-#[derive(Clone, Serialize, Deserialize)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) struct Job {
     pub(crate) role: Role,
     pub(crate) number: u32,

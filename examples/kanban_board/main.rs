@@ -17,6 +17,7 @@
 //!
 //! ```text
 //! main ── options   what to run
+//!   │──── load      how much of it
 //!   │──── place     where the run's files are
 //!   │──── crew      parent's side: starts, releases, signals, restarts and stops the processes
 //!   │       │─ chaos    kills them
@@ -32,7 +33,8 @@
 //!   └──── report    the table and the JSON
 //! ```
 //!
-//! Most of these modules are the soak's as well (`examples/soak`).
+//! Most of these modules are the soak's as well (`examples/soak`), and those of `kanbanlock stress`
+//! (`src/bin/kanbanlock/stress.rs`): they name each other by `super::`.
 //!
 //! The parent has no connection open while the children run.
 //!
@@ -47,6 +49,7 @@ mod chaos;
 mod committer;
 mod crew;
 mod job;
+mod load;
 mod options;
 mod place;
 mod reader;
@@ -69,6 +72,9 @@ use crate::report::Report;
 
 /// Any failure here ends as one line for the user, so the text is all that matters.
 type Result<T> = std::result::Result<T, Box<dyn std::error::Error + Send + Sync>>;
+
+/// How this program is told to be a child; the job follows.
+const CHILD: &[&str] = &["--child"];
 
 fn main() -> ExitCode {
     let options = Options::parse();
@@ -105,19 +111,19 @@ fn parent(options: &Options) -> Result<bool> {
     job::check_vfs(&options.vfs)?;
     let json = options.create_json()?;
     let mut place = Place::create(options.db.as_deref())?;
-    let database = options.database(place.db());
+    let database = options.load.database(place.db(), &options.vfs);
     let status = database.open().and_then(|conn| Ok(board::shim_status(&conn)?));
     let status = status.inspect_err(|_| place.discard())?;
-    report::print_heading(options, &database, status.as_deref())?;
+    report::print_heading(&options.load, &database, status.as_deref())?;
 
-    let mut chaos = options.chaos.then(|| Chaos::new(options.seed));
+    let mut chaos = options.load.chaos.then(|| Chaos::new(options.load.seed));
     let chaos = chaos.as_mut().map(|chaos| chaos as &mut dyn Disturber);
-    let shift = crew::run(&options.plan(), &database, &place, chaos)?;
+    let shift = crew::run(&options.load.plan(), &database, &place, chaos)?;
     if let Some(sabotage) = options.sabotage {
         println!("sabotage  {}", sabotage::sabotage(&database, sabotage)?);
     }
     let checks = audit::audit(&database, &shift);
-    let report = Report::new(options, &database, &shift, checks)?;
+    let report = Report::new(&options.load, &database, &shift, checks)?;
     report.print();
     if let Some(json) = json {
         serde_json::to_writer_pretty(&json, &report)?;

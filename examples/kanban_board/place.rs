@@ -15,8 +15,8 @@ use std::path::{Path, PathBuf};
 
 use tempfile::TempDir;
 
-use crate::Result;
-use crate::job::{self, Role};
+use super::Result;
+use super::job::{self, Role};
 
 /// The files of one run.
 pub(crate) struct Place {
@@ -27,15 +27,25 @@ pub(crate) struct Place {
 
 impl Place {
     /// Creates the empty database file and the directory of the acknowledgement logs.
+    #[allow(dead_code, reason = "kanbanlock stress is told a directory")]
     pub(crate) fn create(db: Option<&Path>) -> Result<Self> {
-        let (path, temporary) = match db {
-            Some(path) => (path.to_path_buf(), None),
-            None => {
-                let directory = temporary_directory()?;
-                (directory.path().join("kanban.db"), Some(directory))
-            }
-        };
-        let db = create_database(&path)?;
+        match db {
+            Some(path) => Self::at(path, None),
+            None => Self::create_in(&parent_of_temporary()?),
+        }
+    }
+
+    /// The same in a new, temporary directory in this one.
+    pub(crate) fn create_in(parent: &Path) -> Result<Self> {
+        let directory = tempfile::Builder::new()
+            .prefix("kanban-")
+            .tempdir_in(parent)
+            .map_err(|error| format!("cannot create a directory in {}: {error}", parent.display()))?;
+        Self::at(&directory.path().join("kanban.db"), Some(directory))
+    }
+
+    fn at(path: &Path, temporary: Option<TempDir>) -> Result<Self> {
+        let db = create_database(path)?;
         let acks = beside(&db, ".acks");
         fs::create_dir(&acks).map_err(|error| {
             let _ = fs::remove_file(&db); // the empty one we created above
@@ -112,16 +122,12 @@ fn create_database(path: &Path) -> Result<PathBuf> {
     Ok(absolute)
 }
 
-/// In Cargo's target directory (recognised by the tag that Cargo puts there), else in the system's.
-fn temporary_directory() -> Result<TempDir> {
+/// In Cargo's target directory (recognised by the tag that Cargo puts there), else the system's.
+fn parent_of_temporary() -> Result<PathBuf> {
     let executable = std::env::current_exe()?;
     let target = executable.ancestors().find(|directory| directory.join("CACHEDIR.TAG").is_file());
     let parent = target.map_or_else(std::env::temp_dir, |target| target.join("tmp"));
-    let create = || {
-        fs::create_dir_all(&parent)?;
-        tempfile::Builder::new().prefix("kanban-").tempdir_in(&parent)
-    };
-    create().map_err(|error| {
-        format!("cannot create a directory in {}: {error}; name a file with --db", parent.display()).into()
-    })
+    fs::create_dir_all(&parent)
+        .map_err(|error| format!("cannot create {}: {error}; name a file with --db", parent.display()))?;
+    Ok(parent)
 }

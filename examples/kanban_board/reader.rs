@@ -7,11 +7,11 @@ use std::time::Instant;
 
 use rusqlite::Connection;
 
-use crate::Result;
-use crate::acklog::Entry;
-use crate::board::{self, Counted};
-use crate::job::Job;
-use crate::session::{Session, nanoseconds};
+use super::Result;
+use super::acklog::Entry;
+use super::board::{self, Counted};
+use super::job::Job;
+use super::session::{Session, nanoseconds};
 
 /// The process: returns when told to stop.
 pub(crate) fn run(job: &Job) -> Result<()> {

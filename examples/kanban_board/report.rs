@@ -17,13 +17,13 @@ use hdrhistogram::Histogram;
 use indicatif::{HumanBytes, HumanCount};
 use serde::Serialize;
 
-use crate::Result;
-use crate::acklog::{self, Entry};
-use crate::audit::Check;
-use crate::board::Database;
-use crate::crew::Shift;
-use crate::job::{self, Journal, Role, Synchronous};
-use crate::options::Options;
+use super::Result;
+use super::acklog::{self, Entry};
+use super::audit::Check;
+use super::board::Database;
+use super::crew::Shift;
+use super::job::{self, Journal, Role, Synchronous};
+use super::load::Load;
 
 /// The result of a run.
 #[derive(Serialize)]
@@ -83,25 +83,25 @@ struct Tally {
 }
 
 /// The first lines: what is run, on what.
-pub(crate) fn print_heading(options: &Options, database: &Database, shim: Option<&str>) -> Result<()> {
+pub(crate) fn print_heading(load: &Load, database: &Database, shim: Option<&str>) -> Result<()> {
     let cores = thread::available_parallelism()?;
     println!(
         "run       {} workers, {} readers, {} s, think time {} µs, {cores} cores",
-        options.workers, options.readers, options.seconds, options.think_us
+        load.workers, load.readers, load.seconds, load.think_us
     );
-    if options.chaos {
-        println!("chaos     SIGKILL at random moments, --seed {}", options.seed);
+    if load.chaos {
+        println!("chaos     SIGKILL at random moments, --seed {}", load.seed);
     }
     println!(
         "SQLite    {}, journal {}, synchronous {}, busy timeout {} ms",
         rusqlite::version(),
-        job::name(options.journal),
+        job::name(load.journal),
         job::name(database.synchronous),
         database.busy_timeout.as_millis()
     );
     println!(
         "VFS       {}",
-        shim.map_or_else(|| options.vfs.clone(), |json| format!("{} {json}", options.vfs))
+        shim.map_or_else(|| database.vfs.clone(), |json| format!("{} {json}", database.vfs))
     );
     println!("database  {}", database.uri());
     Ok(())
@@ -109,28 +109,23 @@ pub(crate) fn print_heading(options: &Options, database: &Database, shim: Option
 
 impl Report {
     /// Adds up the logs.
-    pub(crate) fn new(
-        options: &Options,
-        database: &Database,
-        shift: &Shift,
-        checks: Vec<Check>,
-    ) -> Result<Self> {
-        let workers = tally(shift, Role::Worker, options.workers)?;
-        let readers = Tally::sum(tally(shift, Role::Reader, options.readers)?.values())?;
+    pub(crate) fn new(load: &Load, database: &Database, shift: &Shift, checks: Vec<Check>) -> Result<Self> {
+        let workers = tally(shift, Role::Worker, load.workers)?;
+        let readers = Tally::sum(tally(shift, Role::Reader, load.readers)?.values())?;
         let all = Tally::sum(workers.values())?;
         let per_worker: Vec<Share> =
             workers.iter().map(|(worker, tally)| Share::new(*worker, &tally.latencies)).collect();
         let seconds = shift.elapsed.as_secs_f64();
         Ok(Self {
             sqlite: rusqlite::version(),
-            vfs: options.vfs.clone(),
-            params: options.params.clone(),
-            journal: options.journal,
+            vfs: database.vfs.clone(),
+            params: load.params.clone(),
+            journal: load.journal,
             synchronous: database.synchronous,
-            workers: options.workers,
-            readers: options.readers,
-            think_us: options.think_us,
-            chaos_seed: options.chaos.then_some(options.seed),
+            workers: load.workers,
+            readers: load.readers,
+            think_us: load.think_us,
+            chaos_seed: load.chaos.then_some(load.seed),
             seconds,
             commits: all.latencies.len(),
             commits_per_s: all.latencies.len() as f64 / seconds,
@@ -151,53 +146,93 @@ impl Report {
         })
     }
     /// The table and the audit, for the terminal.
+    #[allow(dead_code, reason = "kanbanlock stress has a table with a column for each VFS")]
     pub(crate) fn print(&self) {
         println!();
-        self.print_speed();
-        self.print_cost();
+        for Row { name, value, note } in self.rows() {
+            println!("{}", format!("{name:<22}{value:>14}  {note}").trim_end());
+        }
         println!();
+        self.print_audit();
+    }
+
+    /// What the audit has found.
+    pub(crate) fn print_audit(&self) {
         for Check { name, passed, detail } in &self.checks {
             println!("audit  {}  {name:<24}  {detail}", if *passed { "ok  " } else { "FAIL" });
         }
         println!("audit  {}", if self.passed { "passed" } else { "FAILED" });
     }
 
-    fn print_speed(&self) {
-        row("commits", &HumanCount(self.commits).to_string(), "");
-        row("commits/s", &format!("{:.0}", self.commits_per_s), "");
-        row("p50", &ms(self.latency.p50_ms), "BEGIN IMMEDIATE to COMMIT's OK");
-        row("p99", &ms(self.latency.p99_ms), "");
-        row("p99.9", &ms(self.latency.p999_ms), "");
-        row("max", &ms(self.latency.max_ms), "");
-        row("time-weighted median", &ms(self.latency.time_weighted_median_ms), "");
-        if let Some(worst) = self.per_worker.iter().max_by(|a, b| a.p99_ms.total_cmp(&b.p99_ms)) {
-            row("worst worker's p99", &ms(worst.p99_ms), &format!("worker {}", worst.worker));
-        }
-        if let Some(least) = self.per_worker.iter().min_by_key(|share| share.commits) {
-            let note = format!("commits, worker {}", least.worker);
-            row("worst worker's share", &HumanCount(least.commits).to_string(), &note);
-        }
-        row("Jain's index", &format!("{:.3}", self.jain), "1 is even");
+    /// The lines of the table: the same for equal loads.
+    pub(crate) fn rows(&self) -> Vec<Row> {
+        let mut rows = self.speed();
+        rows.extend(self.cost());
+        rows
     }
 
-    fn print_cost(&self) {
+    fn speed(&self) -> Vec<Row> {
+        let worst = self.per_worker.iter().max_by(|a, b| a.p99_ms.total_cmp(&b.p99_ms));
+        let least = self.per_worker.iter().min_by_key(|share| share.commits);
+        let worst = worst.map(|worst| {
+            Row::new("worst worker's p99", ms(worst.p99_ms), format!("worker {}", worst.worker))
+        });
+        let least = least.map(|least| {
+            let note = format!("commits, worker {}", least.worker);
+            Row::new("worst worker's share", HumanCount(least.commits), note)
+        });
+        let mut rows = vec![
+            Row::new("commits", HumanCount(self.commits), ""),
+            Row::new("commits/s", format!("{:.0}", self.commits_per_s), ""),
+            Row::new("p50", ms(self.latency.p50_ms), "BEGIN IMMEDIATE to COMMIT's OK"),
+            Row::new("p99", ms(self.latency.p99_ms), ""),
+            Row::new("p99.9", ms(self.latency.p999_ms), ""),
+            Row::new("max", ms(self.latency.max_ms), ""),
+            Row::new("time-weighted median", ms(self.latency.time_weighted_median_ms), ""),
+        ];
+        rows.extend(worst.into_iter().chain(least));
+        rows.push(Row::new("Jain's index", format!("{:.3}", self.jain), "1 is even"));
+        rows
+    }
+
+    fn cost(&self) -> Vec<Row> {
         let busy = format!("workers, {} readers", HumanCount(self.busy_readers));
-        row("SQLITE_BUSY", &HumanCount(self.busy_workers).to_string(), &busy);
-        let note = "at once, while all switch the journal mode";
-        row("SQLITE_BUSY at open", &HumanCount(self.busy_opening).to_string(), note);
         let wal = match self.journal {
             Journal::Wal => HumanBytes(self.peak_wal_bytes).to_string(),
             Journal::Delete => "none".to_owned(),
         };
-        row("peak WAL size", &wal, "");
-        row("database size", &HumanBytes(self.db_bytes).to_string(), "at the end");
+        let mut rows = vec![
+            Row::new("SQLITE_BUSY", HumanCount(self.busy_workers), busy),
+            Row::new(
+                "SQLITE_BUSY at open",
+                HumanCount(self.busy_opening),
+                "at once, while all switch the journal mode",
+            ),
+            Row::new("peak WAL size", wal, ""),
+            Row::new("database size", HumanBytes(self.db_bytes), "at the end"),
+        ];
         if self.readers > 0 {
-            row("snapshots/s", &format!("{:.0}", self.snapshots_per_s), "read transactions");
-            row("snapshots' p99", &ms(self.snapshot_latency.p99_ms), "");
+            rows.push(Row::new("snapshots/s", format!("{:.0}", self.snapshots_per_s), "read transactions"));
+            rows.push(Row::new("snapshots' p99", ms(self.snapshot_latency.p99_ms), ""));
         }
         if self.chaos_seed.is_some() {
-            row("kills", &self.kills.to_string(), "SIGKILL, each followed by a restart");
+            rows.push(Row::new("kills", self.kills, "SIGKILL, each followed by a restart"));
         }
+        rows
+    }
+}
+
+/// A line of the table.
+pub(crate) struct Row {
+    pub(crate) name: &'static str,
+    pub(crate) value: String,
+    #[allow(dead_code, reason = "kanbanlock stress has no room for it")]
+    note: String,
+}
+
+impl Row {
+    fn new(name: &'static str, value: impl ToString, note: impl Into<String>) -> Self {
+        Self { name, value: value.to_string(), note: note.into() }
     }
 }
 
@@ -274,10 +309,6 @@ fn jain(shares: &[Share]) -> f64 {
     let commits = || shares.iter().map(|share| share.commits as f64);
     let squares: f64 = commits().map(|x| x * x).sum();
     if squares == 0.0 { 0.0 } else { commits().sum::<f64>().powi(2) / (shares.len() as f64 * squares) }
-}
-
-fn row(name: &str, value: &str, note: &str) {
-    println!("{}", format!("{name:<22}{value:>14}  {note}").trim_end());
 }
 
 fn ms(value: f64) -> String {

@@ -5,11 +5,11 @@
 use clap::ValueEnum;
 use rusqlite::TransactionBehavior;
 
-use crate::Result;
-use crate::board::Database;
+use super::Result;
+use super::board::Database;
 
 /// Ways to damage the board, each of which only one check of the audit can notice.
-#[derive(Clone, Copy, ValueEnum)]
+#[derive(Clone, Copy, Debug, ValueEnum)]
 pub(crate) enum Sabotage {
     /// Take an acknowledged commit's event away and correct the counter
     LoseCommit,

@@ -20,10 +20,10 @@ use std::time::{Duration, Instant};
 use rusqlite::Connection;
 use serde::{Deserialize, Serialize};
 
-use crate::Result;
-use crate::acklog::{AckLog, Entry};
-use crate::board::{self, Database};
-use crate::job::{self, Job};
+use super::Result;
+use super::acklog::{AckLog, Entry};
+use super::board::{self, Database};
+use super::job::{self, Job};
 
 /// What a child tells its parent.
 #[derive(Serialize, Deserialize)]

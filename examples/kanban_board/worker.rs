@@ -4,11 +4,11 @@
 
 use std::time::{Duration, Instant};
 
-use crate::Result;
-use crate::board;
-use crate::committer::Committer;
-use crate::job::Job;
-use crate::session::{Signal, say};
+use super::Result;
+use super::board;
+use super::committer::Committer;
+use super::job::Job;
+use super::session::{Signal, say};
 
 /// How often the parent hears of the progress.
 const PROGRESS: Duration = Duration::from_millis(200);

@@ -76,6 +76,9 @@ const BAD_ENOUGH: usize = 10;
 /// Any failure here ends as one line for the user, so the text is all that matters.
 type Result<T> = std::result::Result<T, Box<dyn std::error::Error + Send + Sync>>;
 
+/// How this program is told to be a child; the job follows.
+const CHILD: &[&str] = &["--child"];
+
 fn main() -> ExitCode {
     let options = Options::parse();
     if let Some(job) = &options.child {
