@@ -14,10 +14,11 @@
 
 use std::fs::File;
 use std::io::{BufRead, BufReader, Read, Write};
+use std::net::Shutdown;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -66,6 +67,8 @@ pub enum Task {
     ExecuteInChild(String),
     /// The number of open descriptors.
     CountDescriptors,
+    /// The agent's own process id: it may have been started by another than its parent here.
+    Pid,
     /// One stat(2) of a path that is not there, to be found in a trace of system calls.
     Mark(PathBuf),
     /// An order to the database handle of that number; the reply is its [`Answer`] in JSON.
@@ -169,6 +172,20 @@ impl Agent {
         agent.log(); // it has started, so its file can go
         std::fs::remove_file(copy).unwrap();
         agent
+    }
+
+    /// An agent that `wrapper` starts: a command line that ends where another begins. Killing the agent kills the
+    /// wrapper; the agent itself goes when it notices that nobody asks any more.
+    pub fn within(mut wrapper: Command) -> Agent {
+        wrapper.arg(std::env::current_exe().unwrap());
+        Agent::run(wrapper)
+    }
+
+    /// An agent whose process `prepare` has had its say about.
+    pub fn prepared(prepare: impl FnOnce(&mut Command)) -> Agent {
+        let mut command = Command::new(std::env::current_exe().unwrap());
+        prepare(&mut command);
+        Agent::run(command)
     }
 
     fn run(mut command: Command) -> Agent {
@@ -360,6 +377,25 @@ fn queue_memory(process: &Path) -> Vec<std::ops::Range<u64>> {
         .collect()
 }
 
+impl Agent {
+    /// Lets the agent end by itself, and waits for what started it.
+    pub fn end(mut self) -> ExitStatus {
+        self.requests.shutdown(Shutdown::Write).unwrap();
+        self.process.wait().unwrap()
+    }
+
+    /// Waits until the process that was started, the agent or its wrapper, has ended.
+    pub fn wait(&mut self) -> ExitStatus {
+        self.process.wait().unwrap()
+    }
+
+    /// SIGKILL to the wrapper; the agent goes on.
+    pub fn kill_wrapper(&mut self) {
+        self.process.kill().unwrap();
+        self.process.wait().unwrap();
+    }
+}
+
 impl Drop for Agent {
     fn drop(&mut self) {
         let _ = self.process.kill();
@@ -480,6 +516,7 @@ impl Worker {
             Task::Fork => Ok(fork_idle_child().to_string()),
             Task::ExecuteInChild(sql) => execute_in_child(self.db(), &sql),
             Task::CountDescriptors => Ok(std::fs::read_dir("/proc/self/fd").unwrap().count().to_string()),
+            Task::Pid => Ok(std::process::id().to_string()),
             Task::Mark(path) => {
                 assert!(std::fs::metadata(path).is_err());
                 ok()

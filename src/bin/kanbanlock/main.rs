@@ -3,12 +3,15 @@
 //! Each subcommand is a module with its `Args` and `run(Args) -> Result<ExitCode, Failure>`. The command knows the library
 //! by its public interface only.
 
+mod backup;
 mod database;
 mod docs;
 mod doctor;
 mod failure;
 mod processes;
+mod run;
 mod status;
+mod stress;
 
 use std::io::ErrorKind;
 use std::process::ExitCode;
@@ -44,6 +47,9 @@ enum Command {
     Doctor(doctor::Args),
     #[command(hide = true)]
     LockProbe(doctor::ProbeArgs),
+    Run(run::Args),
+    Backup(backup::Args),
+    Stress(Box<stress::Args>),
     Completions(docs::CompletionsArgs),
     Man(docs::ManArgs),
 }
@@ -62,6 +68,9 @@ fn main() -> ExitCode {
         Command::Status(args) => status::run(args),
         Command::Doctor(args) => doctor::run(args),
         Command::LockProbe(args) => doctor::probe(&args),
+        Command::Run(args) => run::run(args),
+        Command::Backup(args) => backup::run(args),
+        Command::Stress(args) => stress::run(*args),
         Command::Completions(args) => docs::completions(&args),
         Command::Man(args) => docs::man(&args),
     };
