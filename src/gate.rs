@@ -521,9 +521,11 @@ impl LockFile {
         }
         self.refusals.set(self.refusals.get().saturating_add(1));
         let waited = now.saturating_sub(self.waits_since.get());
-        // Once in a wait: /proc/locks takes 10 ms to read, since it first waits until no lock is being taken or given up on
+        // At the 10th, 20th, 40th … refusal: /proc/locks takes 10 ms to read, since it first waits until no lock is being taken or given up on
         // any processor, and all of those wait for it meanwhile (`locks_start` in the kernel's fs/locks.c).
-        if self.refusals.get() == SELF_DEADLOCK_REFUSALS && !self.has_warned_self_deadlock.get() {
+        let rounds = self.refusals.get() / SELF_DEADLOCK_REFUSALS;
+        let is_time = self.refusals.get() % SELF_DEADLOCK_REFUSALS == 0 && rounds.is_power_of_two();
+        if is_time && !self.has_warned_self_deadlock.get() {
             self.warn_if_self_deadlocked();
         }
         if waited >= self.warn_after && self.warn_after != 0 && !self.has_named_holder.replace(true) {
