@@ -1,7 +1,7 @@
 //! Many writers at once: how fast, how fair, how long the longest wait.
 //!
 //! ```text
-//! cargo bench --bench contention                      the default cells, less than twenty minutes
+//! cargo bench --bench contention                      the default cells, some twelve minutes
 //! cargo bench --bench contention -- --quick           few cells, one short run each
 //! cargo bench --bench contention -- --full            every combination: three hours
 //! cargo bench --bench contention -- --compare         the cells of the goals (`goals.rs`), and whether they are reached

@@ -21,7 +21,7 @@ pub(crate) struct Options {
     #[arg(long, conflicts_with = "quick")]
     full: bool,
 
-    /// Length of one run [default: 5; with --quick 0.5]
+    /// Length of one run [default: 3; with --quick 0.5]
     #[arg(long, value_name = "S", value_parser = parse_seconds)]
     seconds: Option<Duration>,
 
@@ -94,7 +94,7 @@ impl Options {
 
     /// Of one run.
     pub(crate) fn duration(&self) -> Duration {
-        self.seconds.unwrap_or(Duration::from_millis(if self.is_quick() { 500 } else { 5000 }))
+        self.seconds.unwrap_or(Duration::from_millis(if self.is_quick() { 500 } else { 3000 }))
     }
 
     /// Where the JSON file and the pictures go.
