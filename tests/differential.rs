@@ -537,7 +537,8 @@ impl Run<'_> {
     /// transaction, as SQLite says, or a shimmed process holds a write lock, as the kernel says. There are two
     /// cases in which it may be held or not:
     ///
-    /// - RESERVED in WAL mode is no write lock ([`reserved_left_behind_in_wal_mode_keeps_nobody_out`]).
+    /// - RESERVED in WAL mode is no write lock ([`reserved_left_behind_in_wal_mode_keeps_nobody_out`]), nor is the PENDING of a
+    ///   handle that could not leave WAL mode, and in exclusive locking mode keeps it: it has lent the gate (row L7w).
     /// - `unix-excl` locks the whole file once for its process and tells the kernel no more. There a handle can
     ///   keep RESERVED or EXCLUSIVE unseen, without a write transaction: in exclusive locking mode, or reading on
     ///   after a BEGIN EXCLUSIVE that was refused.
@@ -545,7 +546,7 @@ impl Run<'_> {
         let is_writing = |handle: &HandleState| handle.transaction == Transaction::Write;
         let transaction = || self.shimmed(|_| true).any(|handle| is_writing(&handle)).then_some("none");
         let is_wal = self.beside("-wal").exists();
-        let counts = |&lock: &&str| !(lock == "RESERVED" && is_wal);
+        let counts = |&lock: &&str| !(["RESERVED", "PENDING"].contains(&lock) && is_wal);
         let writer = self.write_locks().find(counts).or_else(transaction);
         let may_be_held = || {
             let may_keep =
