@@ -521,8 +521,8 @@ impl LockFile {
         }
         self.refusals.set(self.refusals.get().saturating_add(1));
         let waited = now.saturating_sub(self.waits_since.get());
-        // At the 10th, 20th, 40th … refusal: /proc/locks takes 10 ms to read, since it first waits until no lock is being taken or given up on
-        // any processor, and all of those wait for it meanwhile (`locks_start` in the kernel's fs/locks.c).
+        // At the 10th, 20th, 40th … refusal, not at each: to read /proc/locks took some 10 ms here. (It excludes all that take
+        // or give up a lock on any processor: `locks_start` in the kernel's fs/locks.c.)
         let rounds = self.refusals.get() / SELF_DEADLOCK_REFUSALS;
         let is_time = self.refusals.get() % SELF_DEADLOCK_REFUSALS == 0 && rounds.is_power_of_two();
         if is_time && !self.has_warned_self_deadlock.get() {
