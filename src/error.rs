@@ -27,6 +27,8 @@ pub mod rc {
     pub const FULL: c_int = 13;
     /// SQLITE_CANTOPEN
     pub const CANTOPEN: c_int = 14;
+    /// SQLITE_NOTICE, for events only: a wait is over
+    pub const NOTICE: c_int = 27;
     /// SQLITE_WARNING, for the log only
     pub const WARNING: c_int = 28;
     /// SQLITE_CANTOPEN_ISDIR

@@ -13,7 +13,8 @@
 //! Only main database files have this shape. Every other file (journals, WAL, temporary files) is opened by
 //! the real VFS in the same memory, with its own methods, and never comes back to us.
 //!
-//! Uses: `driver`, `gate`, `lock`, `fork`, `ofd`, `place`, `real`, `shim`, `sys`, `stats`, `options`, `error`, `ffi`.
+//! Uses: `driver`, `gate`, `lock`, `fork`, `ofd`, `place`, `real`, `shim`, `sys`, `stats`, `options`,
+//! `events`, `error`, `ffi`.
 
 use std::cell::Cell;
 use std::ffi::{CStr, c_int};
@@ -23,6 +24,7 @@ use std::ptr::NonNull;
 
 use crate::driver::Driver;
 use crate::error::rc;
+use crate::events::About;
 use crate::ffi;
 use crate::fork;
 use crate::gate::{Fallback, LockFile, with_suffix};
@@ -127,6 +129,10 @@ impl OpenFile {
         if self.generation == fork::generation() { call() } else { self.refuse_inherited(failure) }
     }
 
+    fn about(&self) -> About<'_> {
+        About { database: Some(&self.place.names().database), waited_ms: None }
+    }
+
     #[cold]
     fn refuse_inherited(&self, failure: c_int) -> c_int {
         if !self.has_warned_inherited.replace(true) {
@@ -134,6 +140,7 @@ impl OpenFile {
                 failure,
                 "kanbanlock: this connection was opened before fork() and is used in the child: it can neither lock nor \
                  write. Open a connection of its own in the child",
+                self.about(),
             );
         }
         failure
@@ -319,6 +326,7 @@ impl FileHandle {
                 failure,
                 "kanbanlock: a callback panicked (a bug: please report it). This connection grants no more \
                  write locks; close it and open another",
+                open.about(),
             );
             failure
         })

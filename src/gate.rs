@@ -28,7 +28,7 @@
 //! exclude each other, and a `close()` elsewhere in the process does not cancel it, unlike the POSIX locks
 //! beneath SQLite.
 //!
-//! Uses: `wait`, `hint`, `held`, `queue`, `fork`, `host`, `sys`, `stats`, `error`.
+//! Uses: `wait`, `hint`, `held`, `queue`, `fork`, `host`, `events`, `sys`, `stats`, `error`.
 
 use std::cell::{Cell, RefCell};
 use std::ffi::{CStr, CString, OsStr, c_int};
@@ -41,6 +41,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::error::rc;
+use crate::events::{self, About};
 use crate::fork;
 use crate::held;
 use crate::hint::{self, NoBoard};
@@ -220,6 +221,14 @@ impl LockFile {
         as_path(&self.path)
     }
 
+    fn about(&self) -> About<'_> {
+        About { database: Some(&self.database), waited_ms: None }
+    }
+
+    fn log(&self, code: c_int, message: &str) {
+        self.host.log(code, message, self.about());
+    }
+
     /// Tries the flock, and makes sure that it is the right one.
     #[inline]
     fn try_flock(&self) -> Result<bool, Failure> {
@@ -245,7 +254,7 @@ impl LockFile {
             // Closing the stale descriptor releases its flock.
             close(&mut slot);
             stats::REPLACED.increment();
-            self.host.log(
+            self.log(
                 rc::WARNING,
                 &format!(
                     "kanbanlock: {} was deleted or replaced while in use; locking the new file. Lock files \
@@ -309,7 +318,7 @@ impl LockFile {
                 *seat = None;
                 self.no_queue_until.set(now + NO_QUEUE_RETRY);
                 if !self.has_warned_no_queue.replace(true) {
-                    self.host.log(
+                    self.log(
                         rc::WARNING,
                         &format!(
                             "kanbanlock: no fair queue: {}-queue: {reason}. Waiting connections of this process try \
@@ -419,7 +428,7 @@ impl LockFile {
         }
         let held::Outer { descriptors: outer, complaint } = held::outer(attributes.id);
         if let Some(complaint) = complaint {
-            self.host.log(
+            self.log(
                 rc::WARNING,
                 &format!(
                     "kanbanlock: {} names a holder of {}, but its {complaint}. This connection waits for that holder",
@@ -454,7 +463,7 @@ impl LockFile {
             seat.releases_now();
         }
         if let Err(error) = open.unlock() {
-            self.host.log(
+            self.log(
                 rc::WARNING,
                 &format!("kanbanlock: {} cannot be unlocked: {error}; closing it", self.path().display()),
             );
@@ -505,6 +514,9 @@ impl LockFile {
     #[inline]
     fn granted(&self) -> bool {
         stats::ACQUIRED.increment();
+        if events::ENABLED && self.refusals.get() != 0 {
+            self.tell_of_wait();
+        }
         self.refusals.set(0);
         self.held.set(true);
         true
@@ -563,7 +575,7 @@ impl LockFile {
                      lets its command write"
                 )
             };
-            self.host.log(rc::WARNING, &message);
+            self.log(rc::WARNING, &message);
         }
     }
 
@@ -579,14 +591,24 @@ impl LockFile {
             Some(pid) => format!("held by process {pid} ({}){}", command_line(pid), self.held_for(pid)),
             None => "not held at this moment, or by a process that cannot be seen from here".to_owned(),
         };
-        self.host.log(
-            rc::WARNING,
-            &format!(
-                "kanbanlock: waiting for {} for {} ms; it is {holder}",
-                self.path().display(),
-                waited / 1000
-            ),
-        );
+        let waited_ms = waited / 1000;
+        let message =
+            format!("kanbanlock: waiting for {} for {waited_ms} ms; it is {holder}", self.path().display());
+        self.host.log(rc::WARNING, &message, About { waited_ms: Some(waited_ms), ..self.about() });
+    }
+
+    /// A wait that was long enough for a warning is over.
+    #[cold]
+    #[inline(never)]
+    fn tell_of_wait(&self) {
+        let now = sys::micros();
+        let waited = now.saturating_sub(self.waits_since.get());
+        let is_same_wait = now.saturating_sub(self.refused_at.get()) <= SAME_WAIT;
+        if is_same_wait && self.warn_after != 0 && waited >= self.warn_after {
+            let waited_ms = waited / 1000;
+            let message = format!("{} was acquired after a wait of {waited_ms} ms", self.path().display());
+            events::note(rc::NOTICE, &message, About { waited_ms: Some(waited_ms), ..self.about() });
+        }
     }
 
     /// Since when, if that process has said so on the board.
@@ -607,11 +629,11 @@ impl LockFile {
     /// Fail closed, unless the user has chosen not to.
     fn failed(&self, failure: &Failure) -> Result<bool, c_int> {
         if self.fallback == Fallback::Refuse {
-            return Err(self.host.log_failure(failure.code, &failure.message));
+            return Err(self.host.log_failure(failure.code, &failure.message, self.about()));
         }
         stats::UNLOCKED.increment();
         if !self.has_warned_unlocked.replace(true) {
-            self.host.log(
+            self.log(
                 rc::WARNING,
                 &format!("{}. Writing WITHOUT the lock: kanbanlock_fallback=unlocked", failure.message),
             );

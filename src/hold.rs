@@ -5,7 +5,7 @@
 //! started meanwhile write all the same (`held.rs`). Dropped, it closes the lock file and does not unlock it, so that what it
 //! was handed down to keeps the gate.
 //!
-//! Uses: `gate`, `host`, `wait`.
+//! Uses: `gate`, `host`, `wait`, `events`.
 
 use std::ffi::CString;
 use std::fmt;
@@ -15,6 +15,7 @@ use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
+use crate::events;
 use crate::gate::{Fallback, LockFile, Waiting};
 use crate::host::{Host, HostApi};
 use crate::wait;
@@ -76,8 +77,10 @@ impl Hold {
             let left = patience.map_or(Duration::MAX, |patience| patience.saturating_sub(start.elapsed()));
             if left.is_zero() {
                 wait::over();
+                events::deliver();
                 return Ok(None);
             }
+            events::deliver();
             let now = pause.min(left);
             wait::sleep(u64::try_from(now.as_micros()).unwrap_or(u64::MAX), || std::thread::sleep(now));
             pause = (pause * 2).min(LONGEST_PAUSE);
@@ -108,6 +111,7 @@ impl Hold {
 impl Drop for Hold {
     fn drop(&mut self) {
         self.0.leave_to_heirs();
+        events::deliver();
     }
 }
 

@@ -4,11 +4,12 @@
 //! VFSes, its own log and its own allocator. [`HostApi`] names the functions of *one* copy, and everything in
 //! kanbanlock that talks back to SQLite does so through the copy that called it.
 //!
-//! Uses: `ffi`, `error`.
+//! Uses: `ffi`, `error`, `events`.
 
 use std::ffi::{CStr, CString, c_char, c_int};
 
 use crate::error::rc;
+use crate::events::{self, About};
 use crate::ffi;
 
 /// The functions of one copy of SQLite.
@@ -84,8 +85,10 @@ impl Host {
         unsafe { threadsafe() != 0 }
     }
 
-    /// Writes one line to SQLite's error log (`SQLITE_CONFIG_LOG`), if the application has set one up.
-    pub fn log(&self, code: c_int, message: &str) {
+    /// Writes one line to SQLite's error log (`SQLITE_CONFIG_LOG`), if the application has set one up; and to the
+    /// loggers of `events.rs`. Every line of the shim's goes this way.
+    pub fn log(&self, code: c_int, message: &str, about: About) {
+        events::note(code, message, about);
         let message = c_string(message);
         // SAFETY: Host::new: this is sqlite3_log; the format `%s` takes exactly one NUL-terminated string.
         unsafe { (self.0.log)(code, c"%s".as_ptr(), message.as_ptr()) }
@@ -165,9 +168,9 @@ impl Host {
     }
 
     /// A one-line explanation of a failure that we also return as a result code.
-    pub fn log_failure(&self, code: c_int, message: &str) -> c_int {
+    pub fn log_failure(&self, code: c_int, message: &str, about: About) -> c_int {
         debug_assert_ne!(rc::primary(code), rc::OK);
-        self.log(code, message);
+        self.log(code, message, about);
         code
     }
 }

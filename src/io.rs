@@ -4,13 +4,15 @@
 //! static tables, one for each interface version: a file advertises its *real* file's version, and there is no
 //! NULL method under an advertised version.
 //!
-//! Uses: `file`, `real`, `ffi`, `error`.
+//! Uses: `file`, `real`, `events`, `lock`, `ffi`, `error`.
 
 use std::ffi::{CStr, c_char, c_int, c_void};
 
 use crate::error::rc;
+use crate::events;
 use crate::ffi::{self, sqlite3_file, sqlite3_int64};
 use crate::file::{FileHandle, OpenFile};
+use crate::lock::LockLevel;
 use crate::real::{RealFile, WalIndex};
 
 /// The table for a real file whose methods are complete up to `version`.
@@ -63,12 +65,17 @@ unsafe fn handle(file: *mut sqlite3_file) -> FileHandle {
     unsafe { FileHandle::new(file) }
 }
 
+/// `SQLITE_SHM_UNLOCK | SQLITE_SHM_SHARED`: a READ slot is given up. <https://www.sqlite.org/c3ref/c_shm_exclusive.html>
+const UNLOCK_SHARED: c_int = 1 | 4;
+
 // The methods that change locks. --------------------------------------------------------------------------
 
 unsafe extern "C" fn x_close(file: *mut sqlite3_file) -> c_int {
     // SAFETY: SQLite's call.
     let file = unsafe { handle(file) };
-    crate::file::guarded(rc::IOERR_CLOSE, || file.close())
+    let code = crate::file::guarded(rc::IOERR_CLOSE, || file.close());
+    events::deliver();
+    code
 }
 
 unsafe extern "C" fn x_lock(file: *mut sqlite3_file, level: c_int) -> c_int {
@@ -82,15 +89,23 @@ unsafe extern "C" fn x_lock(file: *mut sqlite3_file, level: c_int) -> c_int {
 unsafe extern "C" fn x_unlock(file: *mut sqlite3_file, level: c_int) -> c_int {
     // SAFETY: SQLite's call.
     let file = unsafe { handle(file) };
-    file.guarded(rc::IOERR_UNLOCK, |open, real| open.driver.x_unlock(&real, level))
+    let code = file.guarded(rc::IOERR_UNLOCK, |open, real| open.driver.x_unlock(&real, level));
+    if level == LockLevel::None as c_int {
+        events::deliver();
+    }
+    code
 }
 
 unsafe extern "C" fn x_shm_lock(file: *mut sqlite3_file, offset: c_int, count: c_int, flags: c_int) -> c_int {
     // SAFETY: SQLite's call.
     let file = unsafe { handle(file) };
-    file.guarded(rc::IOERR_SHMLOCK, |open, real| {
+    let code = file.guarded(rc::IOERR_SHMLOCK, |open, real| {
         open.unless_inherited(rc::IOERR_SHMLOCK, || open.driver.x_shm_lock(&real, offset, count, flags, open))
-    })
+    });
+    if flags == UNLOCK_SHARED {
+        events::deliver(); // a transaction's last lock in WAL mode, but for SHARED, which it keeps for life
+    }
+    code
 }
 
 unsafe extern "C" fn x_shm_map(

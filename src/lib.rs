@@ -55,6 +55,7 @@ compile_error!("kanbanlock supports Linux only so far");
 // Which may use which is in ARCHITECTURE.md, and enforced by tests/tidy.rs.
 mod driver;
 mod error;
+mod events;
 pub mod ffi;
 mod file;
 mod fork;

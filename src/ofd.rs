@@ -34,12 +34,13 @@
 //! OFD and POSIX locks conflict with each other on Linux ("…conflict … even when they are acquired by the same
 //! process", fcntl(2)), so processes without the hooks exclude and are excluded as before.
 //!
-//! Uses: `host`, `real`, `sys`, `error`.
+//! Uses: `host`, `real`, `events`, `sys`, `error`.
 
 use std::ffi::{CStr, CString, c_char, c_int, c_void};
 use std::fmt;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::os::unix::ffi::OsStringExt;
 use std::ptr;
 use std::sync::atomic::{AtomicPtr, AtomicU32, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -47,6 +48,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use once_cell::sync::OnceCell;
 
 use crate::error::rc;
+use crate::events::About;
 use crate::host::Host;
 use crate::real::RealVfs;
 use crate::sys::{self, ErrnoGuard, FileId};
@@ -635,8 +637,10 @@ fn canonical_description(fd: BorrowedFd<'_>, id: FileId) -> io::Result<OwnedFd> 
 }
 
 fn warn(copy_index: usize, fd: BorrowedFd<'_>, why: &str) {
-    copy(copy_index).host.log(
-        rc::WARNING,
-        &format!("kanbanlock: {} has no close-proof locks: {why}", sys::path_of(fd).display()),
-    );
+    let path = sys::path_of(fd);
+    let message = format!("kanbanlock: {} has no close-proof locks: {why}", path.display());
+    let path = path.into_os_string().into_vec();
+    let database = CString::new(path.strip_suffix(b"-shm").unwrap_or(&path)).ok();
+    let about = About { database: database.as_deref(), waited_ms: None };
+    copy(copy_index).host.log(rc::WARNING, &message, about);
 }

@@ -24,7 +24,7 @@
 //!   overwritten by a shorter one, is noticed too, and one that SQLite has made anew, after a deletion, in a process that
 //!   came later.
 //!
-//! Uses: `host`, `real`, `sys`, `error`.
+//! Uses: `host`, `real`, `events`, `sys`, `error`.
 
 use std::cell::Cell;
 use std::ffi::{CStr, CString, c_int};
@@ -33,6 +33,7 @@ use std::io;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use crate::error::rc;
+use crate::events::About;
 use crate::host::Host;
 use crate::real::WalIndex;
 use crate::sys::{self, ErrnoGuard, FileId, Tick};
@@ -204,17 +205,18 @@ impl Place {
             }
             Trouble::Moved(..) => (rc::READONLY_DBMOVED, false),
         };
+        let about = About { database: Some(&self.names.database), waited_ms: None };
         let is_news = self.warned_of.replace(Some(trouble)) != Some(trouble);
         if is_allowed {
             if is_news && matches!(trouble, Trouble::Links(_)) {
                 let line =
                     format!("{}. Writing all the same: kanbanlock_fallback=unlocked", self.message(trouble));
-                self.host.log(rc::WARNING, &line);
+                self.host.log(rc::WARNING, &line, about);
             }
             return Ok(());
         }
         if is_news {
-            self.host.log(code, &self.message(trouble));
+            self.host.log(code, &self.message(trouble), about);
         }
         Err(code)
     }

@@ -9,7 +9,7 @@
 //! - Which VFS is the default belongs to the copy of SQLite, not to the VFS: a later registration may ask for it, and
 //!   one that does not ask does not take it back.
 //!
-//! Uses: `vfs`, `shim`, `fork`, `held`, `ofd`, `host`, `real`, `options`, `ffi`, `error`.
+//! Uses: `vfs`, `shim`, `fork`, `held`, `ofd`, `host`, `events`, `real`, `options`, `ffi`, `error`.
 
 use std::ffi::CString;
 use std::ptr::NonNull;
@@ -18,6 +18,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use once_cell::sync::OnceCell;
 
 use crate::error::{RegisterError, rc};
+use crate::events::{self, About};
 use crate::ffi;
 use crate::fork;
 use crate::held;
@@ -95,6 +96,7 @@ pub unsafe fn register_with(api: HostApi, options: &Options) -> Result<(), Regis
     if is_first_of_copy && host.has_wal_reset_race() {
         warn_of_wal_reset_race(&host);
     }
+    events::deliver();
     Ok(())
 }
 
@@ -133,6 +135,7 @@ fn install_close_proof_locks(shim: &Shim) {
                  this process cancels SQLite's own locks",
                 shim.name
             ),
+            About::default(),
         );
     }
 }
@@ -149,5 +152,6 @@ fn warn_of_wal_reset_race(host: &Host) {
             version / 1000 % 1000,
             version % 1000,
         ),
+        About::default(),
     );
 }

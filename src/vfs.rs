@@ -4,11 +4,12 @@
 //! *real* VFS as its first argument, `xSetSystemCall` and its kin included, and a method that the real VFS
 //! does not have is NULL here too.
 //!
-//! Uses: `io`, `file`, `shim`, `wait`, `options`, `ffi`, `error`.
+//! Uses: `io`, `file`, `shim`, `wait`, `options`, `events`, `ffi`, `error`.
 
 use std::ffi::{CStr, CString, c_char, c_double, c_int, c_void};
 
 use crate::error::rc;
+use crate::events::{self, About};
 use crate::ffi::{self, sqlite3_file, sqlite3_int64, sqlite3_syscall_ptr, sqlite3_vfs};
 use crate::file::{FileHandle, OpenFile, guarded, shim_file_size};
 use crate::io;
@@ -78,11 +79,16 @@ unsafe extern "C" fn x_open(
     // SAFETY: SQLite gives szOsFile bytes for the file to open.
     let handle = unsafe { FileHandle::new(file) };
     handle.set_closed();
-    guarded(rc::CANTOPEN, || {
+    // SAFETY: not null (above), and "a pointer to a NUL-terminated string" as xFullPathname made it.
+    let database = unsafe { CStr::from_ptr(name) };
+    let about = About { database: Some(database), waited_ms: None };
+    let code = guarded(rc::CANTOPEN, || {
         // SAFETY: `name` is what SQLite passed to xOpen for a main database.
         let options = match unsafe { file_options(shim, name) } {
             Ok(options) => options,
-            Err(message) => return shim.host.log_failure(rc::CANTOPEN, &format!("kanbanlock: {message}")),
+            Err(message) => {
+                return shim.host.log_failure(rc::CANTOPEN, &format!("kanbanlock: {message}"), about);
+            }
         };
         let mut real_flags = 0;
         // SAFETY: SQLite's own arguments, the same `name` pointer (URI parameters live behind its NUL), our own
@@ -94,14 +100,12 @@ unsafe extern "C" fn x_open(
             }
             return code;
         }
-        // SAFETY: not null (above), and "a pointer to a NUL-terminated string" as xFullPathname made it.
-        let database = unsafe { CStr::from_ptr(name) };
         let writable = real_flags & ffi::SQLITE_OPEN_READONLY == 0;
         let open = match OpenFile::new(shim, handle.real(), database, options, writable) {
             Ok(open) => Box::new(open),
             Err(message) => {
                 handle.real().x_close();
-                return shim.host.log_failure(rc::CANTOPEN, &format!("kanbanlock: {message}"));
+                return shim.host.log_failure(rc::CANTOPEN, &format!("kanbanlock: {message}"), about);
             }
         };
         if !out_flags.is_null() {
@@ -110,7 +114,9 @@ unsafe extern "C" fn x_open(
         }
         handle.set_open(open, io::methods(handle.real().version()));
         rc::OK
-    })
+    });
+    events::deliver();
+    code
 }
 
 /// The file's options, from its URI and the registration's defaults.
@@ -149,6 +155,7 @@ unsafe extern "C" fn x_sleep(vfs: *mut sqlite3_vfs, microseconds: c_int) -> c_in
         // SAFETY: the real VFS's own method, called with the real VFS and SQLite's own argument.
         unsafe { method(real.as_ptr(), microseconds) };
     };
+    events::deliver();
     guarded(rc::IOERR_LOCK, || {
         wait::sleep(u64::try_from(microseconds).unwrap_or(0), real_sleep);
         rc::OK

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 /// The layers, bottom first. A file uses only files of lower layers (ARCHITECTURE.md, "The picture").
 const LAYERS: &[&[&str]] = &[
     &["lock", "error", "ffi", "sys", "stats"],
+    &["events"],
     &["host", "state", "real", "queue", "held"],
     &["ofd", "place"],
     &["fork"],

@@ -3,6 +3,7 @@
 #![allow(dead_code)] // each test binary uses its own part
 
 pub mod agent;
+pub mod events;
 pub mod handles;
 pub mod killer;
 pub mod log;

@@ -1,0 +1,111 @@
+//! The feature `tracing`: what the shim writes to SQLite's log is an event of the crate `tracing`, too.
+//!
+//!     cargo test --features tracing --test events_tracing
+
+mod support;
+
+use std::fmt::Debug;
+use std::sync::Once;
+
+use support::events::{self, Seen};
+use tracing::field::{Field, Visit};
+use tracing::span::{Attributes, Id, Record};
+use tracing::{Event, Metadata, Subscriber};
+
+struct Collector;
+
+impl Subscriber for Collector {
+    fn enabled(&self, _: &Metadata<'_>) -> bool {
+        true
+    }
+
+    fn event(&self, event: &Event<'_>) {
+        let mut fields = Fields(Seen {
+            level: event.metadata().level().to_string(),
+            target: event.metadata().target().to_owned(),
+            message: String::new(),
+            code: None,
+            database: None,
+            waited_ms: None,
+        });
+        event.record(&mut fields);
+        events::seen(fields.0);
+    }
+
+    fn new_span(&self, _: &Attributes<'_>) -> Id {
+        Id::from_u64(1)
+    }
+
+    fn record(&self, _: &Id, _: &Record<'_>) {}
+
+    fn record_follows_from(&self, _: &Id, _: &Id) {}
+
+    fn enter(&self, _: &Id) {}
+
+    fn exit(&self, _: &Id) {}
+}
+
+struct Fields(Seen);
+
+impl Visit for Fields {
+    fn record_i64(&mut self, field: &Field, value: i64) {
+        assert_eq!(field.name(), "code");
+        self.0.code = Some(value);
+    }
+
+    fn record_u64(&mut self, field: &Field, value: u64) {
+        assert_eq!(field.name(), "waited_ms");
+        self.0.waited_ms = Some(value);
+    }
+
+    fn record_str(&mut self, field: &Field, value: &str) {
+        assert_eq!(field.name(), "database");
+        self.0.database = Some(value.to_owned());
+    }
+
+    fn record_debug(&mut self, field: &Field, value: &dyn Debug) {
+        assert_eq!(field.name(), "message");
+        self.0.message = format!("{value:?}");
+    }
+}
+
+fn install() {
+    static ONCE: Once = Once::new();
+    ONCE.call_once(|| tracing::subscriber::set_global_default(Collector).unwrap());
+}
+#[test]
+fn agent_process() {
+    support::agent::serve_if_asked();
+}
+
+#[test]
+fn every_line_of_the_log_is_an_event() {
+    install();
+    events::every_line_of_the_log_is_an_event();
+}
+
+#[test]
+fn a_long_wait_is_two_events() {
+    install();
+    events::a_long_wait_is_two_events();
+}
+
+#[test]
+fn a_logger_may_use_sqlite() {
+    install();
+    events::a_logger_may_use_sqlite();
+}
+
+#[test]
+fn a_logger_may_use_sqlite_also_for_a_line_from_inside_the_unix_vfs() {
+    install();
+    events::a_logger_may_use_sqlite_also_for_a_line_from_inside_the_unix_vfs(
+        "a_logger_may_use_sqlite_also_for_a_line_from_inside_the_unix_vfs",
+    );
+}
+
+#[test]
+fn a_panic_of_a_logger_ends_before_sqlite() {
+    install();
+    events::a_panic_of_a_logger_ends_before_sqlite();
+}
