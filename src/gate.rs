@@ -550,13 +550,13 @@ impl LockFile {
     /// `flock db.lock command`.
     fn warn_if_self_deadlocked(&self) {
         let descriptor = self.descriptor.borrow();
-        let Some(Descriptor { id, .. }) = descriptor.as_ref().filter(|open| open.outer.is_empty()) else {
+        let Some(open) = descriptor.as_ref().filter(|open| open.outer.is_empty()) else {
             return;
         };
         // Held by this process, but by none of its kanbanlock connections: then by the application. Twice, since a waiting
         // connection tries the flock for a moment (`Hint::is_free`).
-        let is_own = || flock_holder(*id) == Some(std::process::id()) && stats::snapshot().held == 0;
-        let has_inherited = || held::is_flocked_here(*id) && stats::snapshot().held == 0;
+        let is_own = || flock_holder(open) == Some(std::process::id()) && stats::snapshot().held == 0;
+        let has_inherited = || held::is_flocked_here(open.id) && stats::snapshot().held == 0;
         let is_own = is_own() && is_own();
         if is_own || (has_inherited() && has_inherited()) {
             self.has_warned_self_deadlock.set(true);
@@ -583,7 +583,7 @@ impl LockFile {
     fn name_holder(&self, waited: Micros) {
         let descriptor = self.descriptor.borrow();
         let Some(open) = descriptor.as_ref() else { return };
-        let holder = match flock_holder(open.id) {
+        let holder = match flock_holder(open) {
             // OFD locks have no pid (/proc/locks says -1).
             _ if !open.outer.is_empty() => {
                 format!("held by another of those that {} was handed down to", held::VARIABLE)
@@ -831,13 +831,18 @@ fn close(descriptor: &mut Option<Descriptor>) {
 }
 
 /// Who holds a flock on the file `id`: the pid in `/proc/locks` (proc(5)), in this pid namespace.
+///
+/// `None` also on a file system that is not to be found there by the numbers of stat(2): btrfs, some overlays.
 pub fn read_flock_holder(id: FileId) -> io::Result<Option<u32>> {
     let locks = std::fs::read_to_string("/proc/locks")?;
-    Ok(parse_flock_holder(&locks, id))
+    Ok(parse_flock_holder(&locks, &id.in_proc_locks()))
 }
 
-fn flock_holder(id: FileId) -> Option<u32> {
-    read_flock_holder(id).ok().flatten()
+/// The same, on any file system: with the lock file open, the kernel can be asked what it is called there.
+fn flock_holder(open: &Descriptor) -> Option<u32> {
+    let locks = std::fs::read_to_string("/proc/locks").ok()?;
+    parse_flock_holder(&locks, &open.id.in_proc_locks())
+        .or_else(|| parse_flock_holder(&locks, &sys::name_in_proc_locks(open.fd.as_fd())?))
 }
 
 /// What a process was started with, for a message: `/proc/PID/cmdline`. proc(5)
@@ -852,8 +857,7 @@ fn command_line(pid: u32) -> String {
 }
 
 /// A line of `/proc/locks`: `1: FLOCK  ADVISORY  WRITE 4711 fe:00:131 0 EOF`.
-fn parse_flock_holder(locks: &str, id: FileId) -> Option<u32> {
-    let wanted = id.in_proc_locks();
+fn parse_flock_holder(locks: &str, wanted: &str) -> Option<u32> {
     locks.lines().find_map(|line| {
         let mut fields = line.split_ascii_whitespace().skip(1);
         let is_flock = fields.next() == Some("FLOCK");
@@ -881,7 +885,7 @@ mod tests {
 
     #[test]
     fn the_holder_is_the_flock_on_exactly_this_file() {
-        let id = FileId::new(libc::makedev(0xfe, 0), 131);
+        let id = &FileId::new(libc::makedev(0xfe, 0), 131).in_proc_locks();
         let locks = "1: POSIX  ADVISORY  WRITE 11 fe:00:131 0 EOF\n\
                      2: FLOCK  ADVISORY  WRITE 12 fe:00:132 0 EOF\n\
                      2: -> FLOCK  ADVISORY  WRITE 14 fe:00:131 0 EOF\n\

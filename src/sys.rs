@@ -292,6 +292,22 @@ pub fn ofd_unlock_byte(fd: BorrowedFd<'_>, byte: usize) -> io::Result<()> {
     ofd_set(fd, libc::F_UNLCK, byte)
 }
 
+/// What `/proc/locks` calls a file: [`FileId::in_proc_locks`], but on btrfs and on some overlays, where stat(2) has other
+/// numbers than the kernel's own. It is asked by a read lock on a byte that nobody uses, and shown in
+/// `/proc/self/fdinfo/FD`: `lock: 1: OFDLCK ADVISORY READ -1 00:2e:131 2147483647 2147483647`. proc_pid_fdinfo(5)
+pub fn name_in_proc_locks(fd: BorrowedFd<'_>) -> Option<String> {
+    const BYTE: usize = 0x7fff_ffff;
+    ofd_set(fd, libc::F_RDLCK, BYTE).ok()?;
+    let info = std::fs::read_to_string(format!("/proc/self/fdinfo/{}", fd.as_raw_fd()));
+    let _ = ofd_unlock_byte(fd, BYTE);
+    let byte = BYTE.to_string();
+    info.ok()?.lines().find_map(|line| {
+        let fields: Vec<&str> = line.split_ascii_whitespace().collect();
+        let ["lock:", _, "OFDLCK", _, "READ", _, name, start, _] = fields[..] else { return None };
+        (start == byte).then(|| name.to_owned())
+    })
+}
+
 fn ofd_set(fd: BorrowedFd<'_>, lock_type: c_int, byte: usize) -> io::Result<()> {
     // SAFETY: a structure of integers, for which all zeroes are valid: SEEK_SET, and l_pid 0 as F_OFD_SETLK wants it.
     let mut lock: libc::flock = unsafe { std::mem::zeroed() };

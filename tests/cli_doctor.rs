@@ -106,6 +106,29 @@ fn a_network_file_system_is_found() {
     assert_found(doctor_with(db.path(), &[("LD_PRELOAD", &library)]), "file system", "nfs");
 }
 
+/// A statfs(2) that adds ST_RDONLY, 1, to what the kernel says.
+fn preload_read_only(folder: &Path) -> PathBuf {
+    let source = "#define _GNU_SOURCE\n#include <sys/vfs.h>\n#include <sys/syscall.h>\n#include <unistd.h>\n\
+        int statfs(const char *path, struct statfs *b) {\n\
+        int rc = syscall(SYS_statfs, path, b); b->f_flags |= 1; return rc; }\n\
+        int statfs64(const char *path, struct statfs64 *b) { return statfs(path, (struct statfs *)b); }\n";
+    preload(folder, source)
+}
+
+/// As on squashfs (`tests/filesystems/run.py` has one): in WAL mode SQLite cannot even read, without a `-shm`.
+#[test]
+fn a_wal_on_a_read_only_file_system_is_found() {
+    let db = written();
+    let library = preload_read_only(db.dir());
+    let environment: &[(&str, &Path)] = &[("LD_PRELOAD", &library)];
+    assert_found(doctor_with(db.path(), environment), "file system", "nor can SQLite make one");
+
+    rusqlite::Connection::open(db.path()).unwrap().execute_batch("PRAGMA journal_mode = delete").unwrap();
+    let (status, findings) = doctor_with(db.path(), environment);
+    assert!(findings.iter().all(|finding| finding.verdict == "ok"), "{findings:#?}");
+    assert_eq!(status, 0);
+}
+
 #[test]
 fn locks_that_do_not_exclude_are_found() {
     let db = written();

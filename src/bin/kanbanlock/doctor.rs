@@ -15,6 +15,7 @@ use std::process::ExitCode;
 use anstyle::{AnsiColor, Style};
 use clap::Args as ClapArgs;
 use nix::sys::statfs::statfs;
+use nix::sys::statvfs::FsFlags;
 use serde::Serialize;
 
 use crate::database::{self, Database};
@@ -80,12 +81,13 @@ pub fn run(args: Args) -> Result<ExitCode, Failure> {
     let db = args.db.canonicalize().map_err(|error| Failure::of_file(&args.db, &error))?;
     let file = database::read(&db)?;
     let scan = processes::scan(&db)?;
+    let is_read_only = is_on_read_only(&db);
     let findings: Vec<Finding> = [
-        check_file_system(&db),
-        locks::check(&db),
+        check_file_system(&db, &file),
+        if is_read_only { not_writable("locks") } else { locks::check(&db) },
         check_links(&db)?,
         check_lock_file(&db)?,
-        check_permissions(&db)?,
+        if is_read_only { not_writable("permissions") } else { check_permissions(&db)? },
         check_ways(&scan),
         check_deleted(&scan, &db),
         sqlite::check(&scan, &file),
@@ -132,21 +134,54 @@ const FILE_SYSTEMS: &[(u32, &str, Verdict)] = &[
     (0x00c3_6400, "ceph", Verdict::Wrong),
     (0x5346_414f, "afs", Verdict::Wrong),
     (0x786f_4256, "vboxsf", Verdict::Wrong),
-    (0x6573_5546, "fuse or virtiofs", Verdict::Unknown),
+    (0x7371_7368, "squashfs", Verdict::Ok),
+    (0xe0f5_e1e2, "erofs", Verdict::Ok),
+    (0x0000_9660, "iso9660", Verdict::Ok),
+    (FUSE, "fuse or virtiofs", Verdict::Unknown),
 ];
+
+const FUSE: u32 = 0x6573_5546;
+
+/// Programs of FUSE whose files are on other machines: `fuse.NAME` in `/proc/self/mountinfo`. The kernel locks files of FUSE
+/// for this machine alone, unless the program asks for the locks.
+const REMOTE_FUSE: &[&str] =
+    &["sshfs", "rclone", "s3fs", "gcsfuse", "curlftpfs", "glusterfs", "cephfs", "davfs"];
 
 const LOCAL: &str = "move the database to a local disk (ext4, xfs, btrfs, tmpfs)";
 
-fn check_file_system(db: &Path) -> Vec<Finding> {
+fn not_writable(check: &'static str) -> Vec<Finding> {
+    vec![ok(check, "not tried: nothing can be written here")]
+}
+
+/// The file system, or its mount here: "Mount read-only", statfs(2).
+fn is_on_read_only(db: &Path) -> bool {
+    statfs(db).is_ok_and(|statfs| statfs.flags().contains(FsFlags::ST_RDONLY))
+}
+
+fn check_file_system(db: &Path, file: &Database) -> Vec<Finding> {
     const CHECK: &str = "file system";
-    let magic = match statfs(db) {
-        Ok(statfs) => statfs.filesystem_type().0,
+    let (magic, is_read_only) = match statfs(db) {
+        Ok(statfs) => (statfs.filesystem_type().0, statfs.flags().contains(FsFlags::ST_RDONLY)),
         Err(error) => return vec![unknown(CHECK, format!("statfs(2): {error}"), LOCAL)],
     };
     // A long, of which the number is the low half.
     #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss, clippy::unnecessary_cast)]
     let magic = magic as u32;
-    let (name, verdict) = file_system(magic);
+    let (name, verdict) = match fuse_program(db).filter(|_| magic == FUSE) {
+        Some(program) if REMOTE_FUSE.contains(&&*program) => (format!("fuse.{program}"), Verdict::Wrong),
+        Some(program) => (format!("fuse.{program}"), Verdict::Unknown),
+        None => file_system(magic),
+    };
+    if is_read_only && is_wal(file) && !beside(db, "-shm").exists() {
+        let what = format!(
+            "{name}, read-only: a database in WAL mode, and there is no -shm, nor can SQLite make one to read it"
+        );
+        let fix = "PRAGMA journal_mode = DELETE before it goes there, or open it with immutable=1";
+        return vec![wrong(CHECK, what, fix)];
+    }
+    if is_read_only {
+        return vec![ok(CHECK, format!("{name}, read-only: nobody writes by this path"))];
+    }
     vec![match verdict {
         Verdict::Ok => ok(CHECK, name),
         Verdict::Unknown => {
@@ -160,6 +195,18 @@ fn check_file_system(db: &Path) -> Vec<Finding> {
             wrong(CHECK, what, LOCAL)
         }
     }]
+}
+
+/// Of the mount that `db` is on: NAME of the type `fuse.NAME`. proc_pid_mountinfo(5)
+fn fuse_program(db: &Path) -> Option<String> {
+    let device = fs::metadata(db).ok()?.dev();
+    let device = format!("{}:{}", rustix::fs::major(device), rustix::fs::minor(device));
+    let mounts = fs::read_to_string("/proc/self/mountinfo").ok()?;
+    mounts.lines().find_map(|line| {
+        let (mount, file_system) = line.split_once(" - ")?;
+        let program = file_system.split(' ').next()?.strip_prefix("fuse.")?;
+        (mount.split(' ').nth(2)? == device).then(|| program.to_owned())
+    })
 }
 
 fn file_system(magic: u32) -> (String, Verdict) {
