@@ -397,3 +397,28 @@ fn it_is_quick_among_500_processes() {
     println!("{} processes: status {whole:?}, start {start:?}, all descriptors {bare:?}", count_processes());
     assert!(whole < start + bare * 3, "{whole:?} against {start:?} and {bare:?}");
 }
+
+/// The figure itself, with as many descriptors as a service has; for a release build:
+///
+///     cargo test --release --features cli --test cli_status -- --ignored --nocapture
+#[test]
+#[ignore = "prints a time, and claims nothing"]
+fn how_long_it_takes_among_500_processes() {
+    const OPENS: &str = "for fd in {3..42}; do eval \"exec $fd</dev/null\"; done; exec sleep 600";
+    let db = TestDb::new();
+    let mut agent = Agent::with_db(db.path(), "kanbanlock");
+    agent.execute("CREATE TABLE t (x); BEGIN IMMEDIATE").unwrap();
+    let mut sleepers = Sleepers(Vec::new());
+    while count_processes() < 500 {
+        let _fork = support::no_fork_meanwhile();
+        sleepers.0.push(Command::new("bash").args(["-c", OPENS]).stdin(Stdio::null()).spawn().unwrap());
+    }
+    // Until the last of them is a sleep, and has its 43.
+    let start = Instant::now();
+    while look_at_all_descriptors() < sleepers.0.len() * 43 {
+        assert!(start.elapsed() < Duration::from_secs(60), "they do not come to have 43 descriptors");
+    }
+    let whole = median_of(51, || drop(text(db.path(), &[])));
+    let (processes, descriptors) = (count_processes(), look_at_all_descriptors());
+    println!("status: {whole:?}, median of 51; {processes} processes with {descriptors} descriptors in all");
+}
