@@ -894,4 +894,16 @@ mod tests {
         assert_eq!(parse_flock_holder("", id), None);
         assert_eq!(parse_flock_holder("nonsense\n1: FLOCK\n", id), None);
     }
+
+    /// On whatever file system the temporary folder is. `tests/filesystems/run.py` has btrfs, where stat(2) does not help.
+    #[test]
+    fn the_kernel_says_what_a_file_is_called_in_proc_locks() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        file.as_file().lock().unwrap();
+        let other = file.reopen().unwrap();
+        let name = sys::name_in_proc_locks(other.as_fd()).unwrap();
+        let locks = std::fs::read_to_string("/proc/locks").unwrap();
+        assert_eq!(parse_flock_holder(&locks, &name), Some(std::process::id()));
+        assert!(!sys::locks_of(other.as_fd()).unwrap().contains("OFDLCK"), "and leaves no lock behind");
+    }
 }

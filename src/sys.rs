@@ -298,7 +298,7 @@ pub fn ofd_unlock_byte(fd: BorrowedFd<'_>, byte: usize) -> io::Result<()> {
 pub fn name_in_proc_locks(fd: BorrowedFd<'_>) -> Option<String> {
     const BYTE: usize = 0x7fff_ffff;
     ofd_set(fd, libc::F_RDLCK, BYTE).ok()?;
-    let info = std::fs::read_to_string(format!("/proc/self/fdinfo/{}", fd.as_raw_fd()));
+    let info = locks_of(fd);
     let _ = ofd_unlock_byte(fd, BYTE);
     let byte = BYTE.to_string();
     info.ok()?.lines().find_map(|line| {

@@ -155,9 +155,12 @@ fn run(line: &str, folder: &Path) {
 
 #[test]
 fn every_command_line_of_the_documentation_runs() {
-    for (name, text) in
-        [("README.md", include_str!("../README.md")), ("docs/CLI.md", include_str!("../docs/CLI.md"))]
-    {
+    let documents = [
+        ("README.md", include_str!("../README.md")),
+        ("docs/CLI.md", include_str!("../docs/CLI.md")),
+        ("docs/FILESYSTEMS.md", include_str!("../docs/FILESYSTEMS.md")),
+    ];
+    for (name, text) in documents {
         let mut count = 0;
         for block in shell_blocks(text) {
             let folder = prepared();

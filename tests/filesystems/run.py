@@ -41,7 +41,7 @@ SUITES = ["close_proof", "two_copies", "lock_file", "moved"]
 SFTP_SERVER = "/usr/lib/openssh/sftp-server"
 IN_NAMESPACE = "KANBANLOCK_FILESYSTEMS_NAMESPACE"
 IMAGE_BYTES = 320 << 20
-# For what hangs. Nothing here takes long.
+# For what hangs.
 PATIENCE_S = 300
 COLUMNS = ["file system", "doctor: file system", "doctor: locks", "WAL", "DELETE", "close-proof", "tests"]
 
@@ -316,8 +316,9 @@ def read_only(programs, folder, place):
     for journal in ["wal", "delete"]:
         db = folder / f"{journal}.db"
         done = run([programs.kanbanlock, "backup", db, place.folder / f"{journal}-copy.db"])
-        answers.append("can be read" if done.returncode == 0 else "cannot be opened")
-    kind, locks, _ = doctor(programs, folder / "delete.db")
+        kind, locks, _ = doctor(programs, db)
+        answer = "can be read" if done.returncode == 0 else "cannot be opened"
+        answers.append(f"{answer}; doctor: {kind.split(':')[0]}")
     return [kind, locks, *answers, "–", "–"]
 
 
