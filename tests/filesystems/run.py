@@ -393,6 +393,8 @@ def main():
     unknown = set(arguments.names) - {row.name for row in ROWS}
     if unknown:
         parser.error(f"no such row: {', '.join(sorted(unknown))} (--list)")
+    if arguments.docs and arguments.names:
+        parser.error("--docs writes the whole table: name no rows")
     enter_namespace()
     may_mount = bool(os.environ.get(IN_NAMESPACE))
     (ROOT / "target").mkdir(exist_ok=True)
