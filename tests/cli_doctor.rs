@@ -106,6 +106,16 @@ fn a_network_file_system_is_found() {
     assert_found(doctor_with(db.path(), &[("LD_PRELOAD", &library)]), "file system", "nfs");
 }
 
+/// As a file system that has no flock answers: FUSE passes its program's answer on.
+#[test]
+fn locks_that_are_not_supported_are_found() {
+    let db = written();
+    let source = "#include <errno.h>\nint flock(int fd, int operation) { errno = EOPNOTSUPP; return -1; }\n";
+    let library = preload(db.dir(), source);
+    let found = doctor_with(db.path(), &[("LD_PRELOAD", &library)]);
+    assert_found(found, "locks", "flock against flock: Operation not supported");
+}
+
 /// A statfs(2) that adds ST_RDONLY, 1, to what the kernel says.
 fn preload_read_only(folder: &Path) -> PathBuf {
     let source = "#define _GNU_SOURCE\n#include <sys/vfs.h>\n#include <sys/syscall.h>\n#include <unistd.h>\n\

@@ -199,6 +199,8 @@ class Row:
 
 
 def shared_memory(place):
+    if not os.path.isdir("/dev/shm"):
+        raise NotHere("no /dev/shm")
     folder = tempfile.mkdtemp(prefix="kanbanlock-", dir="/dev/shm")
     os.chmod(folder, 0o755)
     place.stack.callback(shutil.rmtree, folder, ignore_errors=True)
@@ -358,6 +360,8 @@ def documented():
 def is_as_documented(line, expected):
     """Fewer tests may fail: some do where FUSE's caches of attributes last a second."""
     (*cells, tests), (*expected_cells, expected_tests) = line.split(" | "), expected.split(" | ")
+    if line.startswith("| this disk |"):
+        cells[1:2] = expected_cells[1:2] = []  # yours is another
     failed, may_fail = (set(re.findall("`[^`]*`", cell)) for cell in (tests, expected_tests))
     return cells == expected_cells and failed <= may_fail
 
