@@ -295,8 +295,8 @@ def board(programs, folder, journal, seconds):
     return "every commit found", is_close_proof
 
 
-def suites(programs, folder):
-    """Which of the tests fail there."""
+def suites(programs, folder, outputs):
+    """Which of the tests fail there; and what they print, to `outputs`."""
     failed = []
     for suite, program in programs.suites.items():
         folder_of_suite = folder / f"tmp-{suite}"
@@ -305,7 +305,7 @@ def suites(programs, folder):
         done = run([program, "--skip", "stock"], env={**os.environ, "TMPDIR": str(folder_of_suite)}, cwd=ROOT)
         names = re.findall(r"^test (\S+) \.\.\. FAILED", done.stdout, re.MULTILINE)
         if names:
-            print(done.stdout, done.stderr)
+            outputs.append(f"{done.stdout}{done.stderr}")
         failed += [f"`{suite}::{name}`" for name in names]
         if done.returncode != 0 and not names:
             raise Failure(f"{suite}: {done.stdout}{done.stderr}")
@@ -324,7 +324,7 @@ def read_only(programs, folder, place):
     return [kind, locks, *answers, "–", "–"]
 
 
-def measure(programs, row, seconds):
+def measure(programs, row, seconds, outputs):
     with contextlib.ExitStack() as stack:
         scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="kanbanlock-fs-", dir=ROOT / "target"))
         os.chmod(scratch, 0o755)  # some tests have processes of another user
@@ -343,7 +343,7 @@ def measure(programs, row, seconds):
         delete, also = board(programs, folder, "delete", seconds)
         if close_proof != also:
             raise Failure(f"close-proof: {close_proof} in WAL mode, {also} in rollback mode")
-        return [kind, locks, wal, delete, close_proof, suites(programs, folder)]
+        return [kind, locks, wal, delete, close_proof, suites(programs, folder, outputs)]
 
 
 def table_line(name, cells):
@@ -407,10 +407,11 @@ def main():
     for row in ROWS:
         if arguments.names and row.name not in arguments.names:
             continue
+        outputs = []  # of tests that fail: shown if they are not expected to
         try:
             if row.mounts and not may_mount:
                 raise NotHere("only root can mount")
-            line = table_line(row.name, measure(programs, row, arguments.seconds))
+            line = table_line(row.name, measure(programs, row, arguments.seconds, outputs))
         except NotHere as why:
             print(f"{row.name}: not here: {why}", flush=True)
             continue
@@ -421,6 +422,7 @@ def main():
         lines.append(line)
         passed += 1
         if not arguments.docs and not is_as_documented(line, documented().get(row.name, "")):
+            print(*outputs, sep="\n", flush=True)
             failures.append(f"{row.name}: docs/FILESYSTEMS.md says\n  {documented().get(row.name)}\nfound\n  {line}")
     if arguments.docs:
         write_docs(lines)
