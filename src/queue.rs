@@ -657,14 +657,13 @@ impl<B: AsRef<Board>> Seat<B> {
     }
 
     fn wait_word(&self, word: &AtomicU32, limit: Micros, seen: u32) -> Waited {
-        let start = sys::micros();
-        let end = start + limit;
-        let mut now = start;
-        while word.load(SeqCst) == seen && now < end {
-            sys::futex_wait(word, seen, end - now);
-            now = sys::micros().max(now);
+        let (mut now, mut slept) = (sys::micros(), 0);
+        while word.load(SeqCst) == seen && slept < limit {
+            let pause = limit - slept;
+            sys::futex_wait(word, seen, pause);
+            slept += passed(&mut now, pause);
         }
-        Waited { micros: now - start, is_next: now < end }
+        Waited { micros: slept, is_next: slept < limit }
     }
 
     /// Wakes whoever is next. Apart from [`Seat::released`], since that one would run into the SHARED lock, or the
@@ -693,16 +692,14 @@ impl<B: AsRef<Board>> Seat<B> {
     /// `is_free` tries the flock and unlocks it again: some who hold it do not know of the board, and some die.
     pub fn wait(&self, limit: Micros, seen: u32, is_free: impl Fn() -> bool) -> Waited {
         let board = self.at();
-        let start = sys::micros();
-        let end = start + limit;
-        let (mut now, mut seen, mut polls) = (start, seen, 0_u32);
-        let mut has_polled = false;
+        let (mut now, mut slept) = (sys::micros(), 0);
+        let (mut seen, mut polls, mut has_polled) = (seen, 0_u32, false);
         loop {
             if self.ticket.load(Relaxed) == 0 {
                 self.draw();
             }
             let Some(slot) = self.publish(now) else {
-                sys::sleep(end.saturating_sub(now));
+                sys::sleep(limit.saturating_sub(slept));
                 return Waited { micros: limit, is_next: false };
             };
             let ticket = self.ticket.load(Relaxed);
@@ -732,19 +729,19 @@ impl<B: AsRef<Board>> Seat<B> {
                         && board.reserve(reservation, self.id, now, LEASE)
                 }
             };
-            if is_next || now >= end {
+            if is_next || slept >= limit {
                 slot.refusals.store(0, Relaxed);
                 self.refusals.store(0, Relaxed);
                 slot.due.store(now + AWAY, SeqCst);
                 slot.state.store(u64::from(self.id) << 8 | IS_AWAY, SeqCst);
-                return Waited { micros: now - start, is_next };
+                return Waited { micros: slept, is_next };
             }
             seen = releases;
-            let pause = pause.min(end - now);
+            let pause = pause.min(limit - slept);
             sys::futex_wait(&slot.word, word, pause);
-            let slept_from = now;
-            now = sys::micros().max(now);
-            has_polled = now - slept_from >= pause;
+            let nap = passed(&mut now, pause);
+            slept += nap;
+            has_polled = nap >= pause;
             polls += u32::from(has_polled);
         }
     }
@@ -782,6 +779,13 @@ fn low(now: Micros) -> u32 {
 #[allow(clippy::cast_possible_truncation)] // of a number that was shifted by 32 bits, or whose upper half is not asked for
 fn halves(word: u64) -> [u32; 2] {
     [(word >> 32) as u32, word as u32]
+}
+
+/// How long a sleep of at most `pause` has taken that began at `now`, which is brought up to date. A clock that was set back
+/// meanwhile (a restored container's) does not tell; then the sleep counts as over, lest the wait last until it has caught up.
+fn passed(now: &mut Micros, pause: Micros) -> Micros {
+    let before = std::mem::replace(now, sys::micros());
+    now.checked_sub(before).unwrap_or(pause)
 }
 
 /// For `id`, until `end`.

@@ -7,7 +7,9 @@
 //!
 //! - *Exhaustive*: two clients of two transactions each, and three of one, under every schedule in which a client that
 //!   could go on is interrupted at most twice, resp. once, at any operation on an atomic, a futex or the flock.
-//! - *Killed, stopped*: three clients; one of them is killed, or stopped for a second, at each of its points.
+//! - *Killed, stopped, its clock set*: three clients; one of them is killed, or stopped for a second, or has its clock set
+//!   forward or back, at each of its points.
+//! - *Clocks that differ*, by up to 100,000 s.
 //! - *Seeded*: hundreds of random schedules of up to 70 clients. A failure names its seed.
 //!
 //! Checked:
@@ -28,7 +30,7 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64 as PlainU64, Ordering};
 
 use crate::queue::{Board, SLOTS, Seat};
-use crate::tests::world::{self, Fate, Micros, Outcome, Plan, Random, Schedule, fail, simulate};
+use crate::tests::world::{self, Blow, Fate, Micros, Outcome, Plan, Random, START, Schedule, fail, simulate};
 
 /// A design that is wrong on purpose.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -150,7 +152,7 @@ impl Shared<'_> {
         }
         let seat = Seat::new(At(&self.board), self.scenario.slice);
         let mut random = Random::new(me as u64 + 1);
-        let is_over = || self.scenario.ends.is_some_and(|ends| world::micros() >= 1_000_000_000 + ends);
+        let is_over = || self.scenario.ends.is_some_and(|ends| world::true_micros() >= START + ends);
         for _ in 0..client.transactions {
             self.transaction(me, client, &seat, &mut random);
             if client.rest != 0 {
@@ -166,7 +168,7 @@ impl Shared<'_> {
     }
 
     fn transaction(&self, me: usize, client: Client, seat: &Seat<At<'_>>, random: &mut Random) {
-        let start = world::micros();
+        let start = world::true_micros();
         let (mut attempt, mut credit, mut is_told) = (0, 0, false);
         loop {
             let began = world::moment();
@@ -191,7 +193,7 @@ impl Shared<'_> {
         {
             let mut tallies = self.tallies.lock().unwrap();
             tallies[me].commits += 1;
-            tallies[me].longest_wait = tallies[me].longest_wait.max(world::micros() - start);
+            tallies[me].longest_wait = tallies[me].longest_wait.max(world::true_micros() - start);
         }
         if client.hold != 0 {
             world::sleep(client.hold);
@@ -430,19 +432,95 @@ fn whoever_is_killed_or_stopped_anywhere_delays_the_others_by_little() {
         calm.plan.longest_idle = DEAD;
         let points = expect_right(&calm, "nobody is killed").outcome.points[0];
         for point in 1..=points {
-            for stopped in [None, Some(1_000_000)] {
+            for what in [Blow::Killed, Blow::Stopped(1_000_000)] {
                 let mut scenario = calm.clone();
-                scenario.plan.fate = Some(Fate { who: 0, point, stopped });
-                let what = format!("seed {seed}, stopped {stopped:?} at point {point}");
+                scenario.plan.fate = Some(Fate { who: 0, point, what });
+                let place = usize::from(what != Blow::Killed);
+                let what = format!("seed {seed}, {what:?} at point {point}");
                 let result = expect_right(&scenario, &what);
                 let others = &result.tallies[1..];
                 assert!(others.iter().all(|tally| tally.commits == 3), "{what}: {others:?}");
-                let place = usize::from(stopped.is_some());
                 worst[place] = result.outcome.longest_idle.max(worst[place]);
             }
         }
     }
     println!("longest idle in us: killed {}, stopped {}", worst[0], worst[1]);
+}
+
+/// Far further than any date on the board may lie ahead, further than one period of its 32-bit ones, a little further, and just
+/// so far.
+const JUMPS: [i64; 4] = [100_000_000_000, 5_000_000_000, 1_500_000, 95_000];
+
+/// How long the gate may lie idle because a clock was set: the longest reservation that anybody believes (100 ms), and a poll.
+const SET: Micros = 110_000;
+
+#[test]
+fn a_clock_that_is_set_anywhere_costs_little_time_and_no_turn() {
+    let mut worst = [0, 0];
+    for seed in 1..=2 {
+        let calm = Scenario::new(clients(3, Client { transactions: 3, hold: 300, rest: 50, ..CLIENT }));
+        let mut calm = calm.seeded(seed, 3);
+        calm.slice = 1000 * (seed % 2);
+        calm.is_strict = false;
+        calm.plan.longest_idle = SET;
+        let points = expect_right(&calm, "no clock is set").outcome.points[0];
+        for point in 1..=points {
+            for (place, by) in (point..).zip(JUMPS) {
+                // Each forward and back, but not at the same point.
+                let by = if place % 2 == 0 { by } else { -by };
+                let mut scenario = calm.clone();
+                scenario.plan.fate = Some(Fate { who: 0, point, what: Blow::ClockSet(by) });
+                let what = format!("seed {seed}, set by {by} us at point {point}");
+                let result = expect_right(&scenario, &what);
+                let tallies = &result.tallies;
+                assert!(tallies.iter().all(|tally| tally.commits == 3), "{what}: {tallies:?}");
+                let longest = tallies.iter().map(|tally| tally.longest_wait).max().unwrap();
+                worst = [result.outcome.longest_idle.max(worst[0]), longest.max(worst[1])];
+            }
+        }
+    }
+    println!("a clock is set: longest idle {} us, longest wait {} us", worst[0], worst[1]);
+}
+
+/// `hint.rs` keeps processes of different time namespaces apart, as far as it knows them. If it did not: they free each
+/// other's slots and believe none of each other's dates, so they poll beside each other.
+#[test]
+fn clients_whose_clocks_differ_all_get_their_turns() {
+    for by in JUMPS.into_iter().flat_map(|by| [by, -by]) {
+        let (mut idle, mut wait) = (0, 0);
+        for seed in 1..=10 {
+            let client = Client { transactions: 6, hold: 300, rest: 50 * (seed % 3), ..CLIENT };
+            let mut scenario = Scenario::new(clients(5, client)).seeded(seed, 5);
+            scenario.is_strict = false;
+            scenario.slice = 1000 * (seed % 2);
+            scenario.plan.clocks = vec![by, by, 0, 0, -by / 2];
+            scenario.plan.longest_idle = SET;
+            let what = format!("clocks {by} us apart, seed {seed}");
+            let result = expect_right(&scenario, &what);
+            let tallies = &result.tallies;
+            assert!(tallies.iter().all(|tally| tally.commits == 6), "{what}: {tallies:?}");
+            idle = result.outcome.longest_idle.max(idle);
+            wait = tallies.iter().map(|tally| tally.longest_wait).fold(wait, Micros::max);
+        }
+
+        let mut tight = Scenario::new(clients(5, Client { transactions: usize::MAX, hold: 60, ..CLIENT }));
+        tight = tight.seeded(1, 20);
+        (tight.ends, tight.slice, tight.is_strict) = (Some(500_000), 1000, false);
+        tight.plan.points_per_micro = 30;
+        tight.plan.clocks = vec![by];
+        tight.plan.longest_idle = SET;
+        let result = expect_right(&tight, &format!("one clock is {by} us ahead"));
+        let [alone, others @ ..] = &result.tallies[..] else { unreachable!() };
+        println!(
+            "{by} us apart: longest idle {idle} us, longest wait {wait} us; in a tight loop {} commits beside {}, longest \
+             waits {} and {} us",
+            alone.commits,
+            others.iter().map(|tally| tally.commits).sum::<usize>(),
+            alone.longest_wait,
+            others.iter().map(|tally| tally.longest_wait).max().unwrap_or(0),
+        );
+        assert!(result.tallies.iter().all(|tally| tally.commits > 0), "{by} us: {:?}", result.tallies);
+    }
 }
 
 #[test]

@@ -23,6 +23,9 @@ use crate::sys;
 
 pub type Micros = u64;
 
+/// When a simulation begins: late enough that clocks can be set back.
+pub const START: Micros = 1_000_000_000_000;
+
 thread_local! {
     /// The simulation that this thread is part of, and its number there.
     static ME: RefCell<Option<(Arc<World>, usize)>> = const { RefCell::new(None) };
@@ -85,14 +88,19 @@ atomic!(AtomicBool, bool);
 atomic!(AtomicU32, u32, fetch_add);
 atomic!(AtomicU64, u64, fetch_add, fetch_or, fetch_and);
 
-/// The simulation's clock. Who reads it takes a microsecond for it.
+/// The thread's clock. Who reads it takes a microsecond for it.
 pub fn micros() -> Micros {
-    let read = |world: &World, _| {
+    let read = |world: &World, me: usize| {
         let mut state = world.state();
         state.now += 1;
-        state.now
+        state.now.saturating_add_signed(state.threads[me].clock)
     };
     here(read).unwrap_or_else(sys::micros)
+}
+
+/// The time of the simulation itself.
+pub fn true_micros() -> Micros {
+    here(|world, _| world.state().now).unwrap()
 }
 
 pub fn sleep(micros: Micros) {
@@ -195,8 +203,17 @@ pub fn fail(what: String) -> ! {
 pub struct Fate {
     pub who: usize,
     pub point: usize,
-    /// `None`: killed. Else stopped, for so long.
-    pub stopped: Option<Micros>,
+    pub what: Blow,
+}
+
+/// … namely.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Blow {
+    Killed,
+    /// For so long.
+    Stopped(Micros),
+    /// Its clock is set forward or back by so much.
+    ClockSet(i64),
 }
 
 /// How a simulation is to go.
@@ -204,6 +221,8 @@ pub struct Fate {
 pub struct Plan {
     pub schedule: Schedule,
     pub fate: Option<Fate>,
+    /// By how much each thread's clock differs from the simulation's; 0 for those not named.
+    pub clocks: Vec<i64>,
     /// So many points take a microsecond; 0: time stands still while somebody can run.
     pub points_per_micro: usize,
     /// futex(2) wakes nobody.
@@ -300,6 +319,8 @@ enum Status {
 struct Thread {
     status: Status,
     points: usize,
+    /// How far its clock is ahead.
+    clock: i64,
 }
 
 /// What thread 0 and all others see; one at a time, so nobody waits for this mutex.
@@ -347,12 +368,17 @@ pub struct Outcome {
 /// Runs the threads of a simulation to their end.
 pub fn simulate(plan: Plan, threads: Vec<Box<dyn FnOnce() + Send + '_>>) -> Outcome {
     let count = threads.len();
-    let ready = || Thread { status: Status::Ready, points: 0 };
+    let ready = |me: usize| Thread {
+        status: Status::Ready,
+        points: 0,
+        clock: plan.clocks.get(me).copied().unwrap_or_default(),
+    };
+    let threads_of_state = (0..count).map(ready).collect();
     let state = State {
         plan,
-        threads: (0..count).map(|_| ready()).collect(),
+        threads: threads_of_state,
         running: usize::MAX,
-        now: 1_000_000_000,
+        now: START,
         points: 0,
         flock: None,
         idle: 0,
@@ -447,12 +473,18 @@ impl World {
         }
         if let Some(fate) = state.plan.fate.filter(|fate| fate.who == me) {
             if fate.point == state.threads[me].points {
-                let until = fate.stopped.map(|micros| state.now + micros);
-                let since = state.points;
-                state.threads[me].status =
-                    until.map_or(Status::Gone, |until| Status::Asleep { word: None, until, since });
-                if fate.stopped.is_none() && state.flock == Some(me) {
-                    (state.flock, state.idle) = (None, 0);
+                match fate.what {
+                    Blow::Killed => {
+                        state.threads[me].status = Status::Gone;
+                        if state.flock == Some(me) {
+                            (state.flock, state.idle) = (None, 0);
+                        }
+                    }
+                    Blow::Stopped(micros) => {
+                        let (until, since) = (state.now + micros, state.points);
+                        state.threads[me].status = Status::Asleep { word: None, until, since };
+                    }
+                    Blow::ClockSet(by) => state.threads[me].clock += by,
                 }
             }
         }
@@ -537,7 +569,7 @@ impl State {
             }
         }
         self.now = self.now.max(next);
-        if self.now > 1_000_000_000 + self.plan.latest {
+        if self.now > START + self.plan.latest {
             self.end(Some(format!("not done after {} µs: {:?}", self.plan.latest, self.threads)));
             return false;
         }
