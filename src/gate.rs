@@ -316,7 +316,7 @@ impl LockFile {
             Err(NoBoard::Nobody) => *seat = None,
             Err(NoBoard::Because(reason)) => {
                 *seat = None;
-                self.no_queue_until.set(now + NO_QUEUE_RETRY);
+                self.no_queue_until.set(sys::micros() + NO_QUEUE_RETRY);
                 if !self.has_warned_no_queue.replace(true) {
                     self.log(
                         rc::WARNING,

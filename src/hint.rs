@@ -15,9 +15,15 @@
 //!   mapped, and is written only while it is empty or begins as ours do, under its own flock.
 //! - If that process is gone, the next that looks makes new memory and writes where it is; the others notice at their next
 //!   look, once in a tick of the kernel's clock while they acquire, and at each poll while they wait.
+//! - *Gone* is not what `/proc` says, which may show another process under that number, or none at all (another pid
+//!   namespace, `hidepid`). As long as the process has the memory open, it also keeps a byte of the hint file read-locked
+//!   (F_OFD_SETLK), the byte whose offset is the memory's inode number. Who cannot have memory that is still kept polls, and
+//!   leaves the hint file alone.
 //! - Nothing here is needed for safety: any failure means *polling*, with one line in the log. Another pid namespace, another
 //!   user (proc(5): "permission to dereference or read the symbolic links … is governed by a ptrace access mode
 //!   PTRACE_MODE_READ_FSCREDS check"), no `/proc`: polling.
+//! - The dates on the board are those of the machine's monotonic clock; processes of another time namespace reckon with the
+//!   difference ([`sys::learn_time_namespace`]).
 //!
 //! Uses: `fork`, `queue`, `sys`.
 
@@ -46,6 +52,10 @@ const MEMORY_NAME: &str = "kanbanlock-queue";
 const TITLE: &str = "kanbanlock queue 1\n";
 /// More than any of ours is long.
 const LONGEST: usize = 256;
+/// How often it is tried again to get what another process has for a moment only …
+const ATTEMPTS: u32 = 100;
+/// … and how long after, in microseconds, if that process is about to end.
+const ATTEMPT_PAUSE: u64 = 50;
 
 /// The board of one lock file, shared by all connections of this process.
 #[derive(Debug)]
@@ -151,6 +161,7 @@ pub fn view<T>(path: &CStr, lock_file: FileId, look: impl FnOnce(&Board) -> T) -
     if !file.metadata()?.is_file() {
         return because("it is not a regular file; remove it");
     }
+    sys::learn_time_namespace()?;
     let place = Place::parse(&read(&mut file)?, path)?.ok_or(NoBoard::Nobody)?;
     let memory = place.open(lock_file, libc::O_RDONLY)?.ok_or(NoBoard::Nobody)?;
     Ok(look(Mapping::new(&memory, libc::O_RDONLY)?.board()))
@@ -165,16 +176,26 @@ fn hint_path(path: &CStr) -> CString {
 
 fn open(path: &CStr, hint_path: &CStr, lock_file: FileId, may_create: bool) -> Result<Hint, NoBoard> {
     let mut file = open_hint_file(path, hint_path, may_create)?;
+    sys::learn_time_namespace()?;
     for attempt in 0.. {
         let text = read(&mut file)?;
         if let Some(place) = Place::parse(&text, path)? {
-            if let Some(memory) = place.open(lock_file, libc::O_RDWR)? {
-                return Hint::new(memory, path, lock_file, file, text);
+            match place.open(lock_file, libc::O_RDWR) {
+                Ok(Some(memory)) => return Hint::new(memory, path, lock_file, file, text),
+                Ok(None) if !place.is_kept(&file) => {}
+                // A process that ends loses its /proc/PID/fd a moment before its locks.
+                Ok(None) if attempt < ATTEMPTS => {
+                    sys::sleep(ATTEMPT_PAUSE);
+                    continue;
+                }
+                Ok(None) => return because(place.invisible()),
+                Err(_) if !place.is_kept(&file) => {}
+                Err(reason) => return Err(reason),
             }
         }
         // Nobody has it any more: new memory. One at a time; the others read again.
         if !sys::flock_exclusive_nb(file.as_fd())? {
-            if attempt == 100 {
+            if attempt >= ATTEMPTS {
                 return because("its flock is held by somebody else");
             }
             std::thread::yield_now();
@@ -229,6 +250,9 @@ fn advice(error: &io::Error) -> String {
         Some(libc::EACCES | libc::EPERM | libc::EROFS) => format!(
             "{error}: give it the lock file's owner and mode, or, if it does not exist, make the folder writable"
         ),
+        Some(libc::ENOSPC | libc::EDQUOT | libc::EFBIG) => {
+            format!("{error}: free some space (it is one line of text)")
+        }
         _ => error.to_string(),
     }
 }
@@ -248,11 +272,17 @@ fn make(path: &CStr, lock_file: FileId, file: &mut File) -> Result<Option<(Owned
     let mapping = Mapping::new(&memory, libc::O_RDWR)?;
     mapping.board().initialise(lock_file.numbers());
     let inode = sys::fstat(memory.as_fd())?.id.numbers().1;
-    let (namespace, pid, fd) = (pid_namespace()?, std::process::id(), memory.as_raw_fd());
-    let text = format!("{TITLE}{namespace} {pid} {fd} {inode}\n");
-    file.seek(SeekFrom::Start(0))?;
-    file.write_all(text.as_bytes())?;
-    file.set_len(text.len() as u64)?;
+    let place =
+        Place { namespace: pid_namespace()?, pid: std::process::id(), fd: fd_number(&memory)?, inode };
+    let text = place.text();
+    // Where the file system has no such locks (EINVAL, ENOLCK), `is_kept` cannot tell either.
+    let _ = sys::ofd_share_byte_nb(file.as_fd(), place.byte());
+    let mut write = || {
+        file.seek(SeekFrom::Start(0))?;
+        file.write_all(text.as_bytes())?;
+        file.set_len(text.len() as u64)
+    };
+    write().or_else(|error| because(advice(&error)))?;
     Ok(Some((memory, text)))
 }
 
@@ -270,10 +300,15 @@ struct Place {
 }
 
 impl Place {
-    /// `None`: it is empty, or damaged.
+    fn text(&self) -> String {
+        let Place { namespace, pid, fd, inode } = self;
+        format!("{TITLE}{namespace} {pid} {fd} {inode}\n")
+    }
+
+    /// `None`: it is empty, damaged, or half-written.
     fn parse(text: &str, path: &CStr) -> Result<Option<Place>, NoBoard> {
         let Some(line) = text.strip_prefix(TITLE) else {
-            if text.is_empty() {
+            if TITLE.starts_with(text) {
                 return Ok(None);
             }
             let path = Path::new(OsStr::from_bytes(path.to_bytes())).display();
@@ -291,11 +326,21 @@ impl Place {
     /// `None`: it is not there any more.
     fn open(&self, lock_file: FileId, access_mode: c_int) -> Result<Option<OwnedFd>, NoBoard> {
         if self.namespace != pid_namespace()? {
-            return because("it belongs to processes of another pid namespace (another container)");
+            return because(
+                "it belongs to processes of another pid namespace (another container). For one queue, let all that open \
+                 this database share a pid namespace",
+            );
         }
         let memory = match sys::reopen_sealed_memory(self.pid, self.fd, MEMORY_NAME, access_mode) {
             Ok(memory) => memory,
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
+                return because(format!(
+                    "the memory of process {}: {error}. It belongs to another user, or has more privileges; for one \
+                     queue, let one user open this database",
+                    self.pid
+                ));
+            }
             Err(error) => return because(format!("the memory of process {}: {error}", self.pid)),
         };
         let is_it = sys::is_sealed_memory(memory.as_fd(), SIZE)
@@ -303,6 +348,29 @@ impl Place {
             && Mapping::new(&memory, access_mode)?.board().is_of(lock_file.numbers());
         Ok(is_it.then_some(memory))
     }
+
+    /// True while the process that has written this has the memory open, wherever it is; or if that cannot be told.
+    fn is_kept(&self, file: &File) -> bool {
+        sys::ofd_is_byte_locked(file.as_fd(), self.byte()).unwrap_or(true)
+    }
+
+    /// The byte of the hint file that says so.
+    fn byte(&self) -> usize {
+        // Within the range of off_t, whatever the file says.
+        usize::try_from(self.inode % (1 << 62)).unwrap_or(0)
+    }
+
+    fn invisible(&self) -> String {
+        format!(
+            "process {} has the queue's memory, and cannot be seen from here (/proc mounted with hidepid, another \
+             machine)",
+            self.pid
+        )
+    }
+}
+
+fn fd_number(fd: &OwnedFd) -> Result<u32, NoBoard> {
+    u32::try_from(fd.as_raw_fd()).or_else(|error| because(error.to_string()))
 }
 
 /// Mapped memory, unmapped on drop.
@@ -374,7 +442,8 @@ impl Hint {
 impl Drop for Hint {
     fn drop(&mut self) {
         let is_inherited = self.is_inherited();
-        let files = [self.memory.take(), self.probe.take(), self.file.take().map(OwnedFd::from)];
+        // The hint file first, and with it the lock that says that the memory is there.
+        let files = [self.file.take().map(OwnedFd::from), self.probe.take(), self.memory.take()];
         for fd in files.into_iter().flatten() {
             if is_inherited {
                 // The child's atfork handler has closed it; the number may be anything by now.

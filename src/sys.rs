@@ -17,7 +17,7 @@ use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::process::CommandExt;
 use std::process::Command;
 use std::ptr::NonNull;
-use std::sync::atomic::AtomicU32;
+use std::sync::atomic::{AtomicI64, AtomicU32, Ordering};
 
 /// Restores errno, as it was when this was made, on drop.
 #[derive(Debug)]
@@ -228,7 +228,7 @@ pub struct Tick(libc::time_t, libc::c_long);
 impl Tick {
     /// As [`micros`] counts.
     pub fn micros(self) -> u64 {
-        self.0.unsigned_abs() * 1_000_000 + self.1.unsigned_abs() / 1000
+        of_this_machine(self.0.unsigned_abs() * 1_000_000 + self.1.unsigned_abs() / 1000)
     }
 }
 
@@ -287,7 +287,20 @@ pub fn ofd_lock_byte_nb(fd: BorrowedFd<'_>, byte: usize) -> io::Result<bool> {
     }
 }
 
-/// The opposite.
+/// Read-locks one byte for this open file description, beside others that do: fcntl(2), F_OFD_SETLK.
+pub fn ofd_share_byte_nb(fd: BorrowedFd<'_>, byte: usize) -> io::Result<()> {
+    ofd_set(fd, libc::F_RDLCK, byte)
+}
+
+/// True if another open file description has this byte locked: fcntl(2), F_OFD_GETLK.
+pub fn ofd_is_byte_locked(fd: BorrowedFd<'_>, byte: usize) -> io::Result<bool> {
+    let mut lock = write_lock_of_byte(libc::off_t::try_from(byte).map_err(io::Error::other)?);
+    // SAFETY: `fd` is borrowed, hence open; the command takes a pointer to a flock structure, with l_pid 0.
+    check(unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_OFD_GETLK, &raw mut lock) })?;
+    Ok(c_int::from(lock.l_type) != libc::F_UNLCK)
+}
+
+/// The opposite of [`ofd_lock_byte_nb`].
 pub fn ofd_unlock_byte(fd: BorrowedFd<'_>, byte: usize) -> io::Result<()> {
     ofd_set(fd, libc::F_UNLCK, byte)
 }
@@ -446,8 +459,12 @@ pub fn path_of(fd: BorrowedFd<'_>) -> std::path::PathBuf {
     std::fs::read_link(&link).unwrap_or_else(|_| link.into())
 }
 
-/// Microseconds since some moment that is the same for all processes since this machine started: clock_gettime(2),
-/// CLOCK_MONOTONIC, "not affected by discontinuous jumps in the system time". No system call where there is a vDSO.
+/// How far CLOCK_MONOTONIC is behind in the time namespace of this process, in microseconds.
+static CLOCK_BEHIND: AtomicI64 = AtomicI64::new(0);
+
+/// Microseconds since some moment that is the same for all processes since this machine started, once
+/// [`learn_time_namespace`] was called: clock_gettime(2), CLOCK_MONOTONIC, "not affected by discontinuous jumps in the system
+/// time", nor running while the machine is suspended. No system call where there is a vDSO.
 #[inline]
 pub fn micros() -> u64 {
     let mut now = libc::timespec { tv_sec: 0, tv_nsec: 0 };
@@ -455,7 +472,43 @@ pub fn micros() -> u64 {
     // look expired, and the queue a polling one.)
     unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &raw mut now) };
     // Both are positive: time since the machine started.
-    now.tv_sec.unsigned_abs() * 1_000_000 + now.tv_nsec.unsigned_abs() / 1000
+    of_this_machine(now.tv_sec.unsigned_abs() * 1_000_000 + now.tv_nsec.unsigned_abs() / 1000)
+}
+
+#[inline]
+fn of_this_machine(micros: u64) -> u64 {
+    micros.saturating_add_signed(CLOCK_BEHIND.load(Ordering::Relaxed))
+}
+
+/// Makes [`micros`] comparable between processes of different time namespaces: `/proc/self/timens_offsets`, the offsets of
+/// their clocks "relative to the clock values in the initial time namespace", time_namespaces(7).
+///
+/// # Errors
+///
+/// They cannot be read, or are not this process's own: what is there is the namespace that its children will be in.
+pub fn learn_time_namespace() -> io::Result<()> {
+    let offsets = match std::fs::read_to_string("/proc/self/timens_offsets") {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()), // before Linux 5.6
+        offsets => offsets?,
+    };
+    let own = std::fs::read_link("/proc/self/ns/time")?;
+    let of_children = std::fs::read_link("/proc/self/ns/time_for_children")?;
+    if own != of_children {
+        return Err(io::Error::other("this process has made a time namespace for its children (unshare)"));
+    }
+    let ahead = parse_monotonic_offset(&offsets)
+        .ok_or_else(|| io::Error::other("/proc/self/timens_offsets cannot be understood"))?;
+    CLOCK_BEHIND.store(ahead.wrapping_neg(), Ordering::Relaxed);
+    Ok(())
+}
+
+/// `monotonic           100000         0`: seconds and nanoseconds.
+fn parse_monotonic_offset(offsets: &str) -> Option<i64> {
+    let mut fields =
+        offsets.lines().find_map(|line| line.strip_prefix("monotonic"))?.split_ascii_whitespace();
+    let mut next = || fields.next()?.parse::<i64>().ok();
+    let (seconds, nanoseconds) = (next()?, next()?);
+    seconds.checked_mul(1_000_000)?.checked_add(nanoseconds / 1000)
 }
 
 /// Sleeps for `micros`.
@@ -483,9 +536,10 @@ pub fn futex_wake(word: &AtomicU32, count: c_int) {
 
 const SEALS: c_int = libc::F_SEAL_SHRINK | libc::F_SEAL_GROW | libc::F_SEAL_SEAL;
 
-/// A new memory file of `size` zero bytes that nobody can resize: memfd_create(2), ftruncate(2), and fcntl(2),
+/// A new memory file of `size` zero bytes that nobody can resize: memfd_create(2), fallocate(2), and fcntl(2),
 /// F_ADD_SEALS. F_SEAL_SHRINK: "If this seal is set, the file in question cannot be reduced in size": so memory mapped
-/// from it cannot raise SIGBUS.
+/// from it cannot raise SIGBUS. Nor for want of memory (`vm.overcommit_memory` 2): "After a successful call, subsequent writes
+/// into the range specified by offset and size are guaranteed not to fail because of lack of disk space", fallocate(2).
 pub fn sealed_memory(name: &str, size: usize) -> io::Result<OwnedFd> {
     let name = CString::new(name)?;
     // SAFETY: `name` is NUL-terminated.
@@ -494,8 +548,10 @@ pub fn sealed_memory(name: &str, size: usize) -> io::Result<OwnedFd> {
     // SAFETY: memfd_create(2) has just returned this descriptor.
     let fd = unsafe { OwnedFd::from_raw_fd(fd) };
     let size = libc::off_t::try_from(size).map_err(|_| io::Error::from(io::ErrorKind::InvalidInput))?;
-    // SAFETY: `fd` is open; ftruncate takes an integer.
-    check(unsafe { libc::ftruncate(fd.as_raw_fd(), size) })?;
+    retry_eintr(|| {
+        // SAFETY: `fd` is open; fallocate takes integers.
+        unsafe { libc::fallocate(fd.as_raw_fd(), 0, 0, size) }
+    })?;
     // SAFETY: `fd` is open; F_ADD_SEALS takes an int.
     check(unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_ADD_SEALS, SEALS) })?;
     Ok(fd)
@@ -547,5 +603,20 @@ fn retry_eintr(call: impl Fn() -> c_int) -> io::Result<c_int> {
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
             Err(error) => return Err(error),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_offset_of_a_time_namespace() {
+        let of = |line: &str| parse_monotonic_offset(&format!("{line}\nboottime            7         0\n"));
+        assert_eq!(of("monotonic      100000         0"), Some(100_000_000_000));
+        assert_eq!(of("monotonic          -2 500000000"), Some(-1_500_000));
+        assert_eq!(of("monotonic"), None);
+        assert_eq!(of("monotonic 9223372036854775807 0"), None);
+        assert_eq!(parse_monotonic_offset(""), None);
     }
 }

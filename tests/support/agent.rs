@@ -133,6 +133,8 @@ pub type Reply = Result<String, (i32, String)>;
 /// A helper process. Killed (SIGKILL) when dropped.
 pub struct Agent {
     process: Child,
+    /// The agent's own, if it is a child of `process`.
+    unshared: Option<u32>,
     requests: UnixStream,
     replies: BufReader<UnixStream>,
 }
@@ -181,6 +183,18 @@ impl Agent {
         Agent::run(wrapper)
     }
 
+    /// An agent in namespaces of its own: unshare(1) with these arguments. `None`: not allowed here.
+    pub fn unshared(arguments: &[&str]) -> Option<Agent> {
+        let mut command = super::unshare(arguments)?;
+        command.args(["--fork", "--kill-child"]);
+        let mut agent = Agent::within(command);
+        agent.log(); // it has started
+        let parent = agent.process.id();
+        let children = std::fs::read_to_string(format!("/proc/{parent}/task/{parent}/children")).unwrap();
+        agent.unshared = Some(children.trim().parse().unwrap());
+        Some(agent)
+    }
+
     /// An agent whose process `prepare` has had its say about.
     pub fn prepared(prepare: impl FnOnce(&mut Command)) -> Agent {
         let mut command = Command::new(std::env::current_exe().unwrap());
@@ -198,7 +212,7 @@ impl Agent {
             .stdout(Stdio::null())
             .spawn()
             .unwrap();
-        Agent { process, replies: BufReader::new(ours.try_clone().unwrap()), requests: ours }
+        Agent { process, unshared: None, replies: BufReader::new(ours.try_clone().unwrap()), requests: ours }
     }
 
     /// An agent whose system calls strace(1) writes to `trace`.
@@ -350,8 +364,9 @@ impl Agent {
         }
     }
 
+    /// As this process sees it.
     pub fn pid(&self) -> u32 {
-        self.process.id()
+        self.unshared.unwrap_or_else(|| self.process.id())
     }
 
     /// SIGKILL, and waits until the process is gone.

@@ -33,7 +33,11 @@ pub struct TestDb {
 impl TestDb {
     /// On disk (the system's temporary folder).
     pub fn new() -> TestDb {
-        let dir = tempfile::tempdir().unwrap();
+        TestDb::new_in(&tempfile::env::temp_dir())
+    }
+
+    pub fn new_in(folder: &Path) -> TestDb {
+        let dir = tempfile::tempdir_in(folder).unwrap();
         // xFullPathname resolves symbolic links; resolve them here too, so that paths compare equal.
         let path = dir.path().canonicalize().unwrap().join("kanban.db");
         TestDb { dir, path }
@@ -147,11 +151,42 @@ impl Stack {
 /// Runs `body` in a process of its own, for what is the whole process's business: this binary again, with this one
 /// test. `test` is the name of the calling test.
 pub fn in_own_process(test: &str, body: impl FnOnce()) {
+    in_process_of(Command::new(std::env::current_exe().unwrap()), test, body);
+}
+
+/// The same, of a process in namespaces of its own: unshare(1) with these arguments. False: not allowed here.
+pub fn in_own_namespace(arguments: &[&str], test: &str, body: impl FnOnce()) -> bool {
+    let command = unshare(arguments);
+    let is_allowed = command.is_some();
+    if let Some(mut command) = command {
+        command.arg(std::env::current_exe().unwrap());
+        in_process_of(command, test, body);
+    }
+    is_allowed
+}
+
+/// unshare(1) with these arguments, to be followed by a command; as another than root in a user namespace besides. `None`:
+/// it is not allowed here.
+pub fn unshare(arguments: &[&str]) -> Option<Command> {
+    let unshare = || {
+        let mut command = Command::new("unshare");
+        // SAFETY: no arguments, cannot fail.
+        if unsafe { libc::geteuid() } != 0 {
+            command.args(["--user", "--map-root-user"]);
+        }
+        command.args(arguments);
+        command
+    };
+    let _fork = no_fork_meanwhile();
+    let tried = unshare().args(["--fork", "true"]).stderr(Stdio::null()).status();
+    tried.is_ok_and(|status| status.success()).then(unshare)
+}
+
+fn in_process_of(mut command: Command, test: &str, body: impl FnOnce()) {
     const OWN: &str = "KANBANLOCK_TEST_OWN_PROCESS";
     if std::env::var_os(OWN).is_some() {
         return body();
     }
-    let mut command = Command::new(std::env::current_exe().unwrap());
     command
         .args(["--exact", test, "--nocapture"])
         .env(OWN, "1")
