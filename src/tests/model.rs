@@ -10,11 +10,12 @@
 //! ```
 //!
 //! Beside them, at any time: an outsider (`flock kanban.db.lock cmd`) takes the free gate, or releases it; a
-//! connection crashes, and all that it holds is gone. Under both checkpoint policies. In every state:
+//! connection crashes, and all that it holds is gone. Under each checkpoint policy; under `auto` (row K3) a checkpoint finds
+//! the WAL short or long, as it comes, and if long it waits for the gate, or has waited long enough. In every state:
 //!
 //! - **I1** at most one holds the gate;
 //! - **I2** the gate is held while there is a reason: EXCLUSIVE; RESERVED, unless lent (L7w); WRITE as a writer;
-//!   CKPT under the policy `gate`. So, with I1, there are never two writers, nor one beside the outsider. And
+//!   CKPT under the policy `gate`, or under `auto` if it was had with the gate. So, with I1, there are never two writers, nor one beside the outsider. And
 //!   between two calls it is held for no other reason;
 //! - **I3** some schedule lets everyone finish, without a crash and without a busy handler that gives up;
 //! - **I4** a reader never asks for the gate, not even to rebuild the wal-index;
@@ -29,7 +30,7 @@
 //! a read transaction, CKPT), it gives up. I3 is thus harder than reality, where handlers time out.
 //!
 //! ## Bounds
-//! A connection runs its program as often as it likes, or goes away. All pairs of programs, under both policies
+//! A connection runs its program as often as it likes, or goes away. All pairs of programs, under the three policies
 //! and over both kinds of os_unix (`unix_locks.rs`); all triples, checkpoints free; four foursomes. Half a
 //! million worlds, a few seconds in a debug build.
 //!
@@ -330,7 +331,23 @@ const RECOVERER: Program = Program {
     ],
 };
 
-const PROGRAMS: [&Program; 12] = [
+/// WAL mode: sqlite3_snapshot_recover, in a read transaction.
+const SNAPSHOT_RECOVERER: Program = Program {
+    name: "snapshot recoverer",
+    reads_only: false,
+    writes_wal: false,
+    is_wal: true,
+    steps: &[
+        ("open", Lock(Shared), &["begin"], &["open"]),
+        ("begin", lock_shared(READ_1), &["recover"], &["begin"]),
+        ("recover", lock(CKPT_SLOT), &["recovered"], &["end"]), // sqlite3WalSnapshotRecover
+        ("recovered", unlock(CKPT_SLOT), &["end"], NEVER),
+        ("end", unlock_shared(READ_1), &["begin", "close"], NEVER),
+        ("close", Unlock(NoLock), &[END], NEVER),
+    ],
+};
+
+const PROGRAMS: [&Program; 13] = [
     &READER,
     &WRITER,
     &UPGRADER,
@@ -343,6 +360,7 @@ const PROGRAMS: [&Program; 12] = [
     &CHECKPOINTER,
     &FULL_CHECKPOINTER,
     &RECOVERER,
+    &SNAPSHOT_RECOVERER,
 ];
 
 // The shim, right and wrong.
@@ -370,6 +388,10 @@ enum Design {
     PosixGate,
     /// Releases the gate in xUnlock only: a WAL transaction leaves it held.
     ForgetsShmUnlock,
+    /// K1, K3: waits for the gate also when it holds a slot that others wait for.
+    AwaitsWithSlots,
+    /// K3: goes on without the gate when it has waited long enough, and takes it for had.
+    TakesItForHad,
 }
 
 /// Some connections, and the design that they share.
@@ -441,6 +463,7 @@ enum Action {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Did {
     ReachMark,
+    FindLongWal,
     AcquireGate,
     RefuseGate,
     WinGuard,
@@ -525,14 +548,15 @@ impl Scenario {
         let holders = world.connections.iter().filter(|connection| connection.holds_gate).count();
         check(holders + usize::from(world.outsider_holds_gate) <= 1, "I1")?;
         for (who, program) in self.programs.iter().enumerate() {
-            let Connection { place, phase, holds_gate, is_lent, .. } = world.connections[who];
+            let Connection { place, phase, state, holds_gate, is_lent, .. } = world.connections[who];
             let locks = world.locks[who];
             let is_writing = locks.level == Exclusive || (program.writes_wal && locks.excl & WRITE != 0);
             let has_reason = is_writing
                 || (locks.reserved && !is_lent)
                 || (self.policy == CheckpointPolicy::Gate
                     && program.is_checkpoint()
-                    && locks.excl & CKPT != 0);
+                    && locks.excl & CKPT != 0)
+                || (self.policy == CheckpointPolicy::Auto && state.wants_gate());
             check(holds_gate || !has_reason, "I2")?;
             check(!holds_gate || has_reason || phase != Phase::Call, "I2")?;
             let is_gone = world.connections[who] == Connection::gone(self.policy) && locks.is_empty();
@@ -568,7 +592,7 @@ fn resolve(steps: &[Step]) -> Vec<Resolved> {
 
 impl Program {
     fn is_checkpoint(&self) -> bool {
-        self.steps.iter().any(|step| step.1 == At(Mark::HeaderRead))
+        self.steps.iter().any(|step| step.1 == lock(CKPT_SLOT))
     }
 }
 
@@ -597,8 +621,32 @@ impl Turn<'_> {
         }
     }
 
-    /// `Driver::admit`
+    /// `Driver::x_shm_lock`, row K3: a checkpoint finds the WAL short, or long; once for each call.
     fn admit(&self, world: World) -> Vec<(Did, World)> {
+        let state = world.connections[self.who].state;
+        let is_undecided = self.scenario.policy == CheckpointPolicy::Auto
+            && self.is_checkpoint()
+            && state != state.with_policy(CheckpointPolicy::Gate);
+        if !is_undecided {
+            return self.admit_under_policy(world);
+        }
+        let mut next = self.admit_under_policy(self.with_policy(world, CheckpointPolicy::Free));
+        next.push((Did::FindLongWal, self.with_policy(world, CheckpointPolicy::Gate)));
+        next
+    }
+
+    fn is_checkpoint(&self) -> bool {
+        self.step.call == lock(CKPT_SLOT)
+    }
+
+    fn with_policy(&self, mut world: World, policy: CheckpointPolicy) -> World {
+        let connection = &mut world.connections[self.who];
+        connection.state = connection.state.with_policy(policy);
+        world
+    }
+
+    /// `Driver::admit`
+    fn admit_under_policy(&self, world: World) -> Vec<(Did, World)> {
         let Turn { scenario, who, .. } = *self;
         if let At(mark) = self.step.call {
             let mut world = world;
@@ -623,6 +671,14 @@ impl Turn<'_> {
                 vec![(Did::AcquireGate, world)]
             }
             Ask::TakeGate | Ask::AwaitGate if scenario.design == Design::Blocking => vec![],
+            Ask::TakeGate if scenario.design == Design::AwaitsWithSlots && self.is_checkpoint() => vec![],
+            // Until then it waits: others go on, and it may find the gate free.
+            Ask::AwaitGate if scenario.policy == CheckpointPolicy::Auto => {
+                if scenario.design == Design::TakesItForHad {
+                    return self.forward(world);
+                }
+                self.forward(self.with_policy(world, CheckpointPolicy::Free))
+            }
             Ask::TakeGate | Ask::AwaitGate => self.answer(world, false, Did::RefuseGate),
             Ask::GuardReset if scenario.design == Design::NoResetGuard => self.forward(world),
             Ask::GuardReset => {
@@ -724,7 +780,7 @@ impl Turn<'_> {
         let places = if ok { &self.step.ok } else { &self.step.busy };
         assert!(!places.is_empty(), "{} is not told BUSY", self.describe());
         let go_on = |&place: &Place| {
-            let mut world = self.at(world, Phase::Call);
+            let mut world = self.at(self.with_policy(world, self.scenario.policy), Phase::Call);
             world.connections[self.who].place = place;
             (did, world)
         };
@@ -896,7 +952,8 @@ fn explore_all(scenarios: &[(&[&'static Program], OsUnix)], policies: &[Checkpoi
     println!("{} scenarios x {} policies: {total:?}", scenarios.len(), policies.len());
 }
 
-const POLICIES: [CheckpointPolicy; 2] = [CheckpointPolicy::Free, CheckpointPolicy::Gate];
+const POLICIES: [CheckpointPolicy; 3] =
+    [CheckpointPolicy::Free, CheckpointPolicy::Gate, CheckpointPolicy::Auto];
 
 #[test]
 fn every_two_get_along() {
@@ -941,7 +998,7 @@ fn four_get_along() {
 /// Each wrong design is found out, by the invariant that it breaks.
 #[test]
 fn wrong_designs_are_found_out() {
-    let wrong: [(Design, &[&'static Program], &str); 12] = [
+    let wrong: [(Design, &[&'static Program], &str); 15] = [
         // Each keeps the other from going on: one the gate, the other SHARED.
         (Design::Blocking, &[&WRITER, &WRITER], "I3"),
         // The same in WAL mode: the gate and WRITE here, a read mark there.
@@ -957,14 +1014,21 @@ fn wrong_designs_are_found_out() {
         (Design::GatesRecovery, &[&RECOVERER], "I4"),
         (Design::PosixGate, &[&WRITER, &WRITER], "I1"),
         (Design::ForgetsShmUnlock, &[&WAL_WRITER], "I2"),
+        // One has the gate and waits for the read mark that the other keeps while it waits for the gate.
+        (Design::AwaitsWithSlots, &[&FULL_CHECKPOINTER, &SNAPSHOT_RECOVERER], "I3"),
+        (Design::TakesItForHad, &[&WAL_WRITER, &CHECKPOINTER], "I2"),
+        // With the gate or without, the WAL must not be restarted under a checkpointer.
+        (Design::NoResetGuard, &[&WAL_RESTARTER, &CHECKPOINTER], "I5"),
     ];
-    for (design, programs, invariant) in wrong {
-        let scenario = Scenario::new(programs, CheckpointPolicy::Free, OsUnix::Recent, design);
+    let k3_from = wrong.len() - 3;
+    for (place, (design, programs, invariant)) in wrong.into_iter().enumerate() {
+        let policy = if place < k3_from { CheckpointPolicy::Free } else { CheckpointPolicy::Auto };
+        let scenario = Scenario::new(programs, policy, OsUnix::Recent, design);
         let found = explore(&scenario).err().unwrap_or_else(|| panic!("{design:?} passes"));
         println!("{design:?}: {found}");
         assert_eq!(found.invariant, invariant, "{design:?}: {found}");
         // It is the design that is wrong, not the programs.
-        let right = Scenario::new(programs, CheckpointPolicy::Free, OsUnix::Recent, Design::Shim);
+        let right = Scenario::new(programs, policy, OsUnix::Recent, Design::Shim);
         explore(&right).unwrap_or_else(|counterexample| panic!("{counterexample}"));
     }
 }
