@@ -8,6 +8,7 @@ mod support;
 
 use std::fs::File;
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
 use rusqlite::{Connection, ffi};
@@ -240,24 +241,31 @@ fn the_next_commit_comes_soon_after_kill_9_of_the_head_waiter() {
     });
 }
 
+/// They wait for its lease, and until its date on the board is over and the next one looks by itself: some 10 ms in all.
 #[test]
-fn a_stopped_head_waiter_lets_the_others_go_on() {
-    assert_sooner_than_stock("wal", "SIGSTOP of the head waiter", 3, |db, agents, is_queued| {
-        let (holder, waiters) = agents.split_first_mut().unwrap();
-        holder.execute("BEGIN IMMEDIATE").unwrap();
-        queue_up(waiters, is_queued);
-        waiters[0].signal(Signal::STOP);
-        waiters[0].await_stopped();
-        let start = Instant::now();
-        holder.execute("COMMIT").unwrap();
-        waiters[1].receive().unwrap();
-        waiters[2].receive().unwrap();
-        assert_eq!(writers_in_order(db).len(), 2, "all but the stopped one");
-        let elapsed = start.elapsed();
-        waiters[0].signal(Signal::CONT);
-        waiters[0].receive().unwrap();
-        Instant::now() - elapsed
-    });
+fn stopped_waiters_at_the_head_let_the_others_go_on() {
+    for stopped in [1, 2] {
+        assert_sooner_than_stock("wal", "SIGSTOP at the head", stopped + 2, |db, agents, is_queued| {
+            let (holder, waiters) = agents.split_first_mut().unwrap();
+            holder.execute("BEGIN IMMEDIATE").unwrap();
+            queue_up(waiters, is_queued);
+            let (stopped, others) = waiters.split_at_mut(stopped);
+            for waiter in &*stopped {
+                waiter.signal(Signal::STOP);
+                waiter.await_stopped();
+            }
+            let start = Instant::now();
+            holder.execute("COMMIT").unwrap();
+            others.iter_mut().for_each(|waiter| drop(waiter.receive().unwrap()));
+            assert_eq!(writers_in_order(db).len(), 2, "all but those stopped");
+            let elapsed = start.elapsed();
+            for waiter in stopped {
+                waiter.signal(Signal::CONT);
+                waiter.receive().unwrap();
+            }
+            Instant::now() - elapsed
+        });
+    }
 }
 
 /// A holder of the flock that knows nothing of the queue, like flock(1).
@@ -302,22 +310,27 @@ fn a_foreign_holder_is_noticed_without_a_wake() {
     }
 }
 
+/// It sleeps in flock(2) itself, like flock(1), ahead of three of the queue, between them, or behind. The kernel wakes it when
+/// the flock is unlocked, and then it is as fast as it is: it may come between any two of the queue, or after all of them.
 #[test]
-fn a_foreign_holder_that_comes_between_two_of_the_queue() {
+fn a_foreign_holder_that_waits_ahead_of_the_queue_within_it_and_behind() {
+    const WAITERS: usize = 3;
     let _alone = alone();
-    // It sleeps in flock(2) itself. The kernel wakes it when the holder unlocks, and then it is as fast as it is: the queue may
-    // be through before it comes.
-    let is_between = (0..20).any(|_| {
-        let db = database("wal");
-        let mut agents: Vec<Agent> = (0..4).map(|_| agent(&db, SHIM)).collect();
-        let (holder, waiters) = agents.split_first_mut().unwrap();
-        holder.execute("BEGIN IMMEDIATE").unwrap();
-        let mut outsider = Agent::stock();
-        outsider.send(&Task::Flock(db.lock_file()));
-        outsider.await_flock();
-        for (number, waiter) in waiters.iter_mut().enumerate() {
-            waiter.send(&Task::Execute(insert(number)));
-            waiter.await_asleep(true);
+    let db = database("wal");
+    let mut agents: Vec<Agent> = (0..WAITERS + 1).map(|_| agent(&db, SHIM)).collect();
+    let mut outsider = Agent::stock();
+    let (holder, waiters) = agents.split_first_mut().unwrap();
+    let mut round = |position: usize| {
+        holder.execute("DELETE FROM t; BEGIN IMMEDIATE").unwrap();
+        for number in 0..=WAITERS {
+            if number == position {
+                outsider.send(&Task::Flock(db.lock_file()));
+                outsider.await_flock();
+            }
+            if let Some(waiter) = waiters.get_mut(number) {
+                waiter.send(&Task::Execute(insert(number)));
+                waiter.await_asleep(true);
+            }
         }
         holder.execute("COMMIT").unwrap();
         outsider.receive().unwrap();
@@ -330,10 +343,70 @@ fn a_foreign_holder_that_comes_between_two_of_the_queue() {
         assert_eq!(writers_in_order(&db), before, "nobody writes while the outsider has the flock");
         outsider.ask(&Task::Unflock).unwrap();
         waiters.iter_mut().for_each(|waiter| drop(waiter.receive().unwrap()));
-        assert_eq!(writers_in_order(&db).len(), 3);
-        before.len() < 3
-    });
-    assert!(is_between, "the outsider came after all of the queue, 20 times of 20");
+        assert_eq!(writers_in_order(&db).len(), WAITERS);
+        before.len()
+    };
+    for position in 0..=WAITERS {
+        let before: Vec<usize> = (0..10).map(|_| round(position)).collect();
+        println!("at position {position}: it came after so many of {WAITERS}: {before:?}");
+        assert!(before.iter().any(|&before| before < WAITERS), "it came after all of the queue each time");
+    }
+}
+
+/// What a holder that takes the flock by flock(2), and waits there, has had.
+#[derive(Clone, Copy, Debug)]
+struct Turns {
+    count: u32,
+    longest: Duration,
+}
+
+/// Takes the flock again and again, keeps it for so long, and rests for so long.
+fn take_turns(path: &Path, hold: Duration, rest: Duration, is_over: &AtomicBool) -> Turns {
+    let file = File::open(path).unwrap();
+    let mut turns = Turns { count: 0, longest: Duration::ZERO };
+    while !is_over.load(Relaxed) {
+        let start = Instant::now();
+        file.lock().unwrap();
+        turns.longest = turns.longest.max(start.elapsed());
+        turns.count += 1;
+        std::thread::sleep(hold);
+        file.unlock().unwrap();
+        std::thread::sleep(rest);
+    }
+    turns
+}
+
+/// It has its turns, and they have theirs; if it rests, that is. One that takes the flock again within microseconds, in a
+/// loop, keeps all others out, since they look by LOCK_NB: the queue cannot help there, and they are SQLITE_BUSY in the end.
+#[test]
+fn a_foreign_holder_beside_eight_tight_writers() {
+    const LENGTH: u64 = 1000;
+    for (hold, rest) in [(1, 1), (5, 5), (20, 1)] {
+        let pause = [hold, rest].map(Duration::from_millis);
+        eventually(|| {
+            let db = database("wal");
+            Agent::with_db(db.path(), SHIM).execute("BEGIN IMMEDIATE; COMMIT").unwrap(); // the lock file is there
+            let is_over = &AtomicBool::new(false);
+            let (tallies, turns) = std::thread::scope(|scope| {
+                let foreign = scope.spawn(|| take_turns(&db.lock_file(), pause[0], pause[1], is_over));
+                let tallies = storm(&db, SHIM, LENGTH, 0, &[PATIENT; 8]);
+                is_over.store(true, Relaxed);
+                (tallies, foreign.join().unwrap())
+            });
+            let report = format!(
+                "{hold} ms held, {rest} ms not: {} times, longest wait {:?}; beside {} commits, Jain {:.3}, longest wait {} us",
+                turns.count,
+                turns.longest,
+                commits(&tallies),
+                jain(&tallies),
+                longest(&tallies),
+            );
+            println!("{report}");
+            // A quarter of what it would have if nobody else wanted the flock.
+            require(4 * (hold + rest) * u64::from(turns.count) >= LENGTH, || report.clone())?;
+            require(tallies.iter().all(|tally| tally.commits > 0 && tally.busy == 0), || report)
+        });
+    }
 }
 
 #[test]
@@ -383,11 +456,11 @@ fn time_until_busy(vfs: &str, timeout: u64, obstacle: Obstacle) -> Option<u64> {
     let sql = "BEGIN IMMEDIATE";
     let timed = if matches!(obstacle, Obstacle::Flicker) && !is_stock {
         let path = db.lock_file();
-        let is_over = std::sync::atomic::AtomicBool::new(false);
+        let is_over = AtomicBool::new(false);
         std::thread::scope(|scope| {
             scope.spawn(|| flicker(&path, &is_over));
             let timed = waiter.execute_timed(sql);
-            is_over.store(true, std::sync::atomic::Ordering::Relaxed);
+            is_over.store(true, Relaxed);
             timed
         })
     } else {
@@ -409,9 +482,9 @@ fn time_until_busy(vfs: &str, timeout: u64, obstacle: Obstacle) -> Option<u64> {
     }
 }
 
-fn flicker(path: &Path, is_over: &std::sync::atomic::AtomicBool) {
+fn flicker(path: &Path, is_over: &AtomicBool) {
     let file = File::open(path).unwrap();
-    while !is_over.load(std::sync::atomic::Ordering::Relaxed) {
+    while !is_over.load(Relaxed) {
         if file.try_lock().is_err() {
             continue; // the waiter got in, and keeps the gate: then this test has nothing to see
         }
@@ -562,33 +635,38 @@ fn exclusive_is_woken_when_the_last_reader_leaves() {
 #[test]
 fn a_reader_beside_eight_tight_writers_is_not_starved() {
     eventually(|| {
-        let mut reads = [0_u64; 2];
+        let mut reads = [(0_u64, 0_u64); 2];
         for (place, vfs) in [SHIM, STOCK].into_iter().enumerate() {
             let db = database("delete");
             let line = db.beside("-reads");
             let mut reader = agent(&db, vfs);
             reader.execute("INSERT INTO t VALUES (100, 0, NULL)").unwrap();
             drop(File::create(&line).unwrap());
-            let is_over = &std::sync::atomic::AtomicBool::new(false);
+            let is_over = &AtomicBool::new(false);
             let tallies = std::thread::scope(|scope| {
                 let (reader, db) = (&mut reader, &db);
                 let count = scope.spawn(move || {
-                    let mut count = 0;
-                    while !is_over.load(std::sync::atomic::Ordering::Relaxed) {
-                        reader.query("SELECT count(*) FROM t WHERE writer = 100");
-                        count += 1;
+                    let (mut count, mut longest) = (0, 0);
+                    while !is_over.load(Relaxed) {
+                        let read = reader.execute_timed("SELECT count(*) FROM t WHERE writer = 100");
+                        assert!(read.reply.is_ok(), "{read:?}");
+                        (count, longest) = (count + 1, read.micros.max(longest));
                     }
-                    count
+                    (count, longest)
                 });
                 let tallies = storm(db, vfs, 1500, 0, &[PATIENT; 8]);
-                is_over.store(true, std::sync::atomic::Ordering::Relaxed);
+                is_over.store(true, Relaxed);
                 reads[place] = count.join().unwrap();
                 tallies
             });
-            println!("{vfs}: {} reads beside {} commits", reads[place], commits(&tallies));
+            let (count, longest) = reads[place];
+            println!("{vfs}: {count} reads beside {} commits, the longest {longest} us", commits(&tallies));
         }
-        // Fewer than on stock, where the writers leave the lock alone for a while again and again; but its share.
-        require(5 * reads[0] >= reads[1], || format!("{} reads, stock {}", reads[0], reads[1]))
+        let [(reads, longest), (stock_reads, stock_longest)] = reads;
+        // From half as many as on stock to four times as many: both depend on how often a reader finds the lock free by
+        // chance. If it were not woken by releases, there would be a third fewer.
+        require(3 * reads >= stock_reads, || format!("{reads} reads, stock {stock_reads}"))?;
+        require(longest <= 2 * stock_longest, || format!("the longest {longest} us, stock {stock_longest}"))
     });
 }
 
