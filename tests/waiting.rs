@@ -634,39 +634,39 @@ fn exclusive_is_woken_when_the_last_reader_leaves() {
 
 #[test]
 fn a_reader_beside_eight_tight_writers_is_not_starved() {
+    const LENGTH: u64 = 1500;
     eventually(|| {
-        let mut reads = [(0_u64, 0_u64); 2];
+        let mut reads = [0_u64; 2];
         for (place, vfs) in [SHIM, STOCK].into_iter().enumerate() {
             let db = database("delete");
-            let line = db.beside("-reads");
+            let start = db.beside("-start");
             let mut reader = agent(&db, vfs);
             reader.execute("INSERT INTO t VALUES (100, 0, NULL)").unwrap();
-            drop(File::create(&line).unwrap());
-            let is_over = &AtomicBool::new(false);
             let tallies = std::thread::scope(|scope| {
-                let (reader, db) = (&mut reader, &db);
-                let count = scope.spawn(move || {
-                    let (mut count, mut longest) = (0, 0);
-                    while !is_over.load(Relaxed) {
+                // As long as the writers write, and no longer: alone it makes ten times as many.
+                let reading = scope.spawn(|| {
+                    while !support::is_flocked(&start) {
+                        std::thread::yield_now();
+                    }
+                    reader.ask(&Task::AwaitUnflocked(start.clone())).unwrap();
+                    let (begin, mut count, mut longest) = (Instant::now(), 0, 0);
+                    while begin.elapsed() < Duration::from_millis(LENGTH) {
                         let read = reader.execute_timed("SELECT count(*) FROM t WHERE writer = 100");
                         assert!(read.reply.is_ok(), "{read:?}");
                         (count, longest) = (count + 1, read.micros.max(longest));
                     }
-                    (count, longest)
+                    println!("{vfs}: {count} reads, the longest {longest} us");
+                    count
                 });
-                let tallies = storm(db, vfs, 1500, 0, &[PATIENT; 8]);
-                is_over.store(true, Relaxed);
-                reads[place] = count.join().unwrap();
+                let tallies = storm(&db, vfs, LENGTH, 0, &[PATIENT; 8]);
+                reads[place] = reading.join().unwrap();
                 tallies
             });
-            let (count, longest) = reads[place];
-            println!("{vfs}: {count} reads beside {} commits, the longest {longest} us", commits(&tallies));
+            println!("... beside {} commits", commits(&tallies));
         }
-        let [(reads, longest), (stock_reads, stock_longest)] = reads;
-        // From half as many as on stock to four times as many: both depend on how often a reader finds the lock free by
-        // chance. If it were not woken by releases, there would be a third fewer.
-        require(3 * reads >= stock_reads, || format!("{reads} reads, stock {stock_reads}"))?;
-        require(longest <= 2 * stock_longest, || format!("the longest {longest} us, stock {stock_longest}"))
+        // From 0.6 to 2.1 times as many as on stock, on a machine with nothing else to do; from 0.4 to 1.2 on a busy one. In a
+        // tight loop either finds the lock free by chance alone.
+        require(3 * reads[0] >= reads[1], || format!("{} reads, stock {}", reads[0], reads[1]))
     });
 }
 
