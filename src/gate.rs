@@ -122,6 +122,8 @@ pub struct LockFile {
     host: Host,
     database: CString,
     path: CString,
+    /// `<db>.lock-queue`, for `hint.rs`.
+    queue_path: CString,
     fallback: Fallback,
     descriptor: RefCell<Option<Descriptor>>,
     /// At the queue, once somebody has waited.
@@ -197,6 +199,7 @@ impl LockFile {
             host,
             database: database.to_owned(),
             path: with_suffix(database, ".lock"),
+            queue_path: with_suffix(database, ".lock-queue"),
             fallback,
             descriptor: RefCell::new(None),
             seat: RefCell::new(None),
@@ -311,7 +314,7 @@ impl LockFile {
         if now < self.no_queue_until.get() {
             return;
         }
-        match hint::find(&self.path, lock_file, may_create) {
+        match hint::find(&self.path, &self.queue_path, lock_file, may_create) {
             Ok(hint) => *seat = Some(Arc::new(Seat::new(hint, self.slice))),
             Err(NoBoard::Nobody) => *seat = None,
             Err(NoBoard::Because(reason)) => {

@@ -125,12 +125,18 @@ fn boards() -> Option<MutexGuard<'static, Vec<Weak<Hint>>>> {
     }
 }
 
-/// The board of the lock file at `path`, which is open as `lock_file`. `may_create`: make a hint file if there is none.
+/// The board of the lock file at `path`, which is open as `lock_file`; its hint file is at `hint_path`. `may_create`: make
+/// a hint file if there is none. Where there is none and it may not, nothing is allocated.
 ///
 /// # Errors
 ///
 /// [`NoBoard`]. Then there is nothing but polling.
-pub fn find(path: &CStr, lock_file: FileId, may_create: bool) -> Result<SharedHint, NoBoard> {
+pub fn find(
+    path: &CStr,
+    hint_path: &CStr,
+    lock_file: FileId,
+    may_create: bool,
+) -> Result<SharedHint, NoBoard> {
     if let Some(mut boards) = boards() {
         boards.retain(|board| board.strong_count() > 0);
         let known = boards.iter().filter_map(Weak::upgrade);
@@ -139,7 +145,7 @@ pub fn find(path: &CStr, lock_file: FileId, may_create: bool) -> Result<SharedHi
             return Ok(SharedHint(hint));
         }
     }
-    let hint = Arc::new(open(path, &hint_path(path), lock_file, may_create)?);
+    let hint = Arc::new(open(path, hint_path, lock_file, may_create)?);
     if let Some(mut boards) = boards() {
         boards.push(Arc::downgrade(&hint));
     }
