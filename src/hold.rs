@@ -5,7 +5,7 @@
 //! started meanwhile write all the same (`held.rs`). Dropped, it closes the lock file and does not unlock it, so that what it
 //! was handed down to keeps the gate.
 //!
-//! Uses: `gate`, `host`, `wait`, `events`.
+//! Uses: `gate`, `fork`, `host`, `wait`, `events`.
 
 use std::ffi::CString;
 use std::fmt;
@@ -16,6 +16,7 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use crate::events;
+use crate::fork;
 use crate::gate::{Fallback, LockFile, Waiting};
 use crate::host::{Host, HostApi};
 use crate::wait;
@@ -70,6 +71,7 @@ impl Hold {
         // As SQLite does: the lock file stands beside what a symbolic link leads to.
         let path = database.canonicalize().map_err(|error| in_words(&error))?;
         let path = CString::new(path.as_os_str().as_bytes()).map_err(|error| in_words(&error))?;
+        fork::install(); // there need not be a registration
         let lock_file = LockFile::new(linked(), &path, Fallback::Refuse, Waiting { slice: 0, warn_after: 0 });
         let start = Instant::now();
         let mut pause = FIRST_PAUSE;

@@ -565,9 +565,11 @@ impl Worker {
 
 /// A child that does nothing but live until it is killed with its process group, or the test ends.
 fn fork_idle_child() -> i32 {
-    // SAFETY: the child calls nothing but pause(2), which is async-signal-safe, and never returns into Rust.
+    let (mut from_child, mut to_parent) = std::io::pipe().unwrap();
+    // SAFETY: the child calls write(2), alarm(2) and pause(2), which are async-signal-safe, and never returns into Rust.
     let pid = unsafe { libc::fork() };
     if pid == 0 {
+        let _ = to_parent.write_all(b"!"); // fork(2) is over in the child too: its atfork handlers have run
         // SAFETY: the child goes when its parent's test does: PR_SET_PDEATHSIG would be too early (the test kills the
         // parent), so an alarm ends it at the latest.
         unsafe { libc::alarm(60) };
@@ -576,6 +578,7 @@ fn fork_idle_child() -> i32 {
             unsafe { libc::pause() };
         }
     }
+    from_child.read_exact(&mut [0]).unwrap();
     pid
 }
 
