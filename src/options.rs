@@ -204,7 +204,9 @@ impl Options {
     /// plain `unix` connections too. Without support (another real VFS, no `/proc`) they stay off, with a line in the log.
     ///
     /// The default for connections whose URI has no `kanbanlock_close_proof=on|off`; `on` installs them if need be, and
-    /// does not open the database where there is no support. All connections of one copy of SQLite to one file go one
+    /// does not open the database where there is no support. What shows at the first lock only (the file cannot be opened
+    /// again, no descriptor is left, the file system has no such locks) leaves that file on POSIX locks even so, with a
+    /// line in the log. All connections of one copy of SQLite to one file go one
     /// way: one that wishes for the other way while it is open is not opened, and the log says so. `PRAGMA kanbanlock`
     /// says which way a file goes.
     #[must_use]
