@@ -83,7 +83,8 @@ pub enum RegisterError {
         /// The real VFS's name.
         name: String,
     },
-    /// The VFS to wrap is itself a kanbanlock VFS: each write would wait for its own flock.
+    /// The VFS to wrap is itself a kanbanlock VFS, perhaps another library's in this process, or has one beneath it: each
+    /// write would wait for its own flock.
     RealVfsIsKanbanlock {
         /// The real VFS's name.
         name: String,
@@ -135,8 +136,8 @@ impl fmt::Display for RegisterError {
             ),
             RegisterError::RealVfsIsKanbanlock { name } => write!(
                 f,
-                "the VFS {name:?} is a kanbanlock VFS already, and a write through two of them would wait \
-                 for itself: wrap \"unix\" instead"
+                "the VFS {name:?} is a kanbanlock VFS already, or wraps one, and a write through two of them \
+                 would wait for itself: wrap \"unix\" instead"
             ),
             RegisterError::NameTaken { name } => {
                 write!(f, "another VFS is registered as {name:?}: choose another name with Options::name")

@@ -57,6 +57,13 @@ fn lock_files() -> MutexGuard<'static, Vec<RawFd>> {
     LOCK_FILES.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
+/// Held while a VFS is registered: no fork meanwhile, or the child's next registration would wait for a thread that it
+/// does not have. The first of the mutexes.
+pub fn registering() -> MutexGuard<'static, ()> {
+    static REGISTERING: Mutex<()> = Mutex::new(());
+    REGISTERING.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 /// Installs the handlers, once.
 pub fn install() {
     static ONCE: OnceCell<()> = OnceCell::new();
@@ -67,7 +74,7 @@ pub fn install() {
     });
 }
 
-type Guards = (MutexGuard<'static, Vec<RawFd>>, ofd::TableGuard, place::TableGuard);
+type Guards = (MutexGuard<'static, ()>, MutexGuard<'static, Vec<RawFd>>, ofd::TableGuard, place::TableGuard);
 
 /// The mutexes, from `prepare` to `parent` or `child`, which run on the same thread.
 struct Held(UnsafeCell<Option<Guards>>);
@@ -79,7 +86,7 @@ unsafe impl Sync for Held {}
 static HELD: Held = Held(UnsafeCell::new(None));
 
 extern "C" fn prepare() {
-    let guards = (lock_files(), ofd::lock_for_fork(), place::lock_for_fork());
+    let guards = (registering(), lock_files(), ofd::lock_for_fork(), place::lock_for_fork());
     // SAFETY: the mutexes are ours now, so nobody else touches it (Held).
     unsafe { *HELD.0.get() = Some(guards) };
 }
@@ -95,7 +102,7 @@ extern "C" fn parent() {
 
 extern "C" fn child() {
     GENERATION.fetch_add(1, Ordering::Relaxed);
-    let Some((mut lock_files, locks, places)) = take_guards() else { return };
+    let Some((_registering, mut lock_files, locks, places)) = take_guards() else { return };
     for fd in lock_files.drain(..) {
         // SAFETY: the lock file's descriptor, inherited: the file object that owned it belongs to an older generation
         // from now on, and forgets it instead of closing it.

@@ -6,6 +6,9 @@
 //! - What is registered is leaked, and never unregistered: a connection may outlive whoever registered.
 //! - Registering again with equal options changes nothing, except that it repairs what `sqlite3_shutdown` and
 //!   initialize undo ("unix" is then the default again).
+//! - Whoever returns from here finds the VFS complete: the atfork handlers and the hooks of `ofd.rs` are in before
+//!   SQLite gets the VFS, and a second caller waits for the first. Nothing is logged meanwhile: the callback is the
+//!   application's. A fork waits too (`fork.rs`), so a child can register.
 //! - Which VFS is the default belongs to the copy of SQLite, not to the VFS: a later registration may ask for it, and
 //!   one that does not ask does not take it back.
 //!
@@ -14,8 +17,6 @@
 use std::ffi::CString;
 use std::ptr::NonNull;
 use std::sync::{Mutex, MutexGuard, PoisonError};
-
-use once_cell::sync::OnceCell;
 
 use crate::error::{RegisterError, rc};
 use crate::events::{self, About};
@@ -43,10 +44,17 @@ struct Registered {
 // SQLite itself calls it from every thread; `vfs` is only handed to SQLite, which guards its list by a mutex.
 unsafe impl Send for Registered {}
 
-fn registry() -> MutexGuard<'static, Vec<Registered>> {
-    static REGISTRY: OnceCell<Mutex<Vec<Registered>>> = OnceCell::new();
+/// The registrations of this process, and no fork while they are at hand. (Dropped in this order.)
+struct Registry {
+    list: MutexGuard<'static, Vec<Registered>>,
+    _no_fork: MutexGuard<'static, ()>,
+}
+
+fn registry() -> Registry {
+    static REGISTRY: Mutex<Vec<Registered>> = Mutex::new(Vec::new());
+    let no_fork = fork::registering();
     // The list is pushed to, and a flag in it is set, so it is whole even if a thread panicked while it held the mutex.
-    REGISTRY.get_or_init(Mutex::default).lock().unwrap_or_else(PoisonError::into_inner)
+    Registry { list: REGISTRY.lock().unwrap_or_else(PoisonError::into_inner), _no_fork: no_fork }
 }
 
 /// # Safety
@@ -64,40 +72,49 @@ pub unsafe fn register_with(api: HostApi, options: &Options) -> Result<(), Regis
         return Err(RegisterError::TooOld { version: host.version() });
     }
 
+    fork::install(); // before the first mutex that a fork waits for
+    held::is_inside(); // reads the variable now, and not beside a setenv(3) of some later thread's
+    if let Some(new) = register_once(host, name, options)? {
+        log_what_is_wrong(&new);
+        events::deliver();
+    }
+    Ok(())
+}
+
+/// What to say of a new registration, once its mutexes are released.
+struct New {
+    shim: &'static Shim,
+    is_first_of_copy: bool,
+    not_close_proof: Option<ofd::Unavailable>,
+}
+
+/// `None`: it was registered before.
+fn register_once(host: Host, name: CString, options: &Options) -> Result<Option<New>, RegisterError> {
     let mut registry = registry();
     let same_name = |one: &&mut Registered| one.shim.host.is_same_copy(&host) && one.shim.name == name;
-    if let Some(registered) = registry.iter_mut().find(same_name) {
+    if let Some(registered) = registry.list.iter_mut().find(same_name) {
         if !registered.shim.options.is_same_vfs(options) {
             return Err(RegisterError::OptionsDiffer { name: options.name.clone() });
         }
         registered.make_default |= options.make_default;
-        return publish(registered);
+        return publish(registered).map(|()| None);
     }
     if !host.vfs_find(Some(&name)).is_null() {
         return Err(RegisterError::NameTaken { name: options.name.clone() });
     }
 
-    let real = find_real(&host, options, &registry)?;
+    let real = find_real(&host, options, &registry.list)?;
     let shim: &'static Shim = Box::leak(Box::new(Shim { host, real, name, options: options.clone() }));
     let Some(structure) = vfs::structure(shim) else {
         return Err(RegisterError::RealVfsNotFound { name: options.real_vfs.clone() });
     };
+    let not_close_proof = if options.close_proof { ofd::install(host, real).err() } else { None };
     let vfs = NonNull::from(Box::leak(Box::new(structure)));
     let registered = Registered { shim, vfs, make_default: options.make_default };
     publish(&registered)?;
-    let is_first_of_copy = !registry.iter().any(|one| one.shim.host.is_same_copy(&host));
-    registry.push(registered);
-    drop(registry);
-    fork::install();
-    held::is_inside(); // reads the variable now, and not beside a setenv(3) of some later thread's
-    if options.close_proof {
-        install_close_proof_locks(shim);
-    }
-    if is_first_of_copy && host.has_wal_reset_race() {
-        warn_of_wal_reset_race(&host);
-    }
-    events::deliver();
-    Ok(())
+    let is_first_of_copy = !registry.list.iter().any(|one| one.shim.host.is_same_copy(&host));
+    registry.list.push(registered);
+    Ok(Some(New { shim, is_first_of_copy, not_close_proof }))
 }
 
 fn publish(registered: &Registered) -> Result<(), RegisterError> {
@@ -119,6 +136,10 @@ fn find_real(host: &Host, options: &Options, registry: &[Registered]) -> Result<
         // SAFETY: sqlite3_vfs_find returns a registered VFS; that it stays so is the caller's part.
         (None, _) => unsafe { RealVfs::new(found) },
     };
+    if vfs::is_kanbanlock(real) {
+        // Of another copy of this library, or with another VFS around it.
+        return Err(RegisterError::RealVfsIsKanbanlock { name: real.name() });
+    }
     match real.name() {
         // DOTLOCK_SUFFIX in os_unix.c: a directory at "<db>.lock".
         name if name == "unix-dotfile" => Err(RegisterError::RealVfsUsesLockFile { name }),
@@ -126,17 +147,21 @@ fn find_real(host: &Host, options: &Options, registry: &[Registered]) -> Result<
     }
 }
 
-fn install_close_proof_locks(shim: &Shim) {
-    if let Err(reason) = ofd::install(shim.host, shim.real) {
-        shim.host.log(
+fn log_what_is_wrong(new: &New) {
+    let host = new.shim.host;
+    if let Some(reason) = new.not_close_proof {
+        host.log(
             rc::WARNING,
             &format!(
                 "kanbanlock: no close-proof locks for VFS {:?}: {reason}. A close() of the database elsewhere in \
                  this process cancels SQLite's own locks",
-                shim.name
+                new.shim.name
             ),
             About::default(),
         );
+    }
+    if new.is_first_of_copy && host.has_wal_reset_race() {
+        warn_of_wal_reset_race(&host);
     }
 }
 

@@ -300,7 +300,7 @@ pub fn ofd_is_byte_locked(fd: BorrowedFd<'_>, byte: usize) -> io::Result<bool> {
     Ok(c_int::from(lock.l_type) != libc::F_UNLCK)
 }
 
-/// The opposite of [`ofd_lock_byte_nb`].
+/// Gives that byte up for this open file description: fcntl(2), F_OFD_SETLK with F_UNLCK.
 pub fn ofd_unlock_byte(fd: BorrowedFd<'_>, byte: usize) -> io::Result<()> {
     ofd_set(fd, libc::F_UNLCK, byte)
 }
@@ -421,16 +421,32 @@ fn reopen_link(link: &str, access_mode: c_int) -> io::Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(high) })
 }
 
-/// Every open descriptor of this process, with what it is open on. proc(5)
-pub fn open_descriptors() -> io::Result<Vec<(RawFd, FileId)>> {
-    let mut descriptors = Vec::new();
-    for entry in std::fs::read_dir("/proc/self/fd")? {
-        let Some(fd) = entry?.file_name().to_str().and_then(|name| name.parse().ok()) else { continue };
-        if let Some(id) = id_of(fd) {
-            descriptors.push((fd, id));
-        }
+/// `/proc/self/fd`, opened: what it lists is what is open when it is read. proc(5)
+#[derive(Debug)]
+pub struct OpenDescriptors(std::fs::ReadDir);
+
+impl OpenDescriptors {
+    /// Opens it, and reads nothing yet: opendir(3).
+    pub fn new() -> io::Result<OpenDescriptors> {
+        std::fs::read_dir("/proc/self/fd").map(OpenDescriptors)
     }
-    Ok(descriptors)
+
+    /// Every descriptor of this process that is open all along while this runs, with what it is open on.
+    pub fn list(self) -> io::Result<Vec<(RawFd, FileId)>> {
+        let mut descriptors = Vec::new();
+        for entry in self.0 {
+            let Some(fd) = entry?.file_name().to_str().and_then(|name| name.parse().ok()) else { continue };
+            if let Some(id) = id_of(fd) {
+                descriptors.push((fd, id));
+            }
+        }
+        Ok(descriptors)
+    }
+}
+
+/// Every open descriptor of this process, with what it is open on.
+pub fn open_descriptors() -> io::Result<Vec<(RawFd, FileId)>> {
+    OpenDescriptors::new()?.list()
 }
 
 /// True if descriptor number `fd` is open, on this file.

@@ -2,9 +2,9 @@
 //!
 //! Only xOpen does more than forward, and only for a main database file. Every forwarded method gets the
 //! *real* VFS as its first argument, `xSetSystemCall` and its kin included, and a method that the real VFS
-//! does not have is NULL here too.
+//! does not have is NULL here too. One answer is our own: `xGetSystemCall` knows a kanbanlock by [`MARK`].
 //!
-//! Uses: `io`, `file`, `shim`, `wait`, `options`, `events`, `ffi`, `error`.
+//! Uses: `io`, `file`, `shim`, `wait`, `options`, `real`, `events`, `ffi`, `error`.
 
 use std::ffi::{CStr, CString, c_char, c_double, c_int, c_void};
 
@@ -14,6 +14,7 @@ use crate::ffi::{self, sqlite3_file, sqlite3_int64, sqlite3_syscall_ptr, sqlite3
 use crate::file::{FileHandle, OpenFile, guarded, shim_file_size};
 use crate::io;
 use crate::options::{FileOptions, PARAMETERS};
+use crate::real::RealVfs;
 use crate::shim::Shim;
 use crate::wait;
 
@@ -45,6 +46,25 @@ pub fn structure(shim: &'static Shim) -> Option<sqlite3_vfs> {
         xGetSystemCall: since(3, &real, real.xGetSystemCall).and(Some(x_get_system_call)),
         xNextSystemCall: since(3, &real, real.xNextSystemCall).and(Some(x_next_system_call)),
     })
+}
+
+/// Not the name of a system call: what `xGetSystemCall` of a kanbanlock VFS answers it, and no other.
+const MARK: &CStr = c"kanbanlock";
+
+/// True if `real` is a kanbanlock VFS, of whatever copy of this library in the process, or passes `xGetSystemCall` on
+/// to one. Not known, and false, if what that wraps has no system calls.
+pub fn is_kanbanlock(real: RealVfs) -> bool {
+    real.system_call(MARK).is_some()
+}
+
+unsafe extern "C" fn x_get_system_call(vfs: *mut sqlite3_vfs, name: *const c_char) -> sqlite3_syscall_ptr {
+    unsafe extern "C" fn mark() {}
+    // SAFETY: if it is not null, the NUL-terminated name of a system call.
+    if !name.is_null() && unsafe { CStr::from_ptr(name) } == MARK {
+        return Some(mark);
+    }
+    // SAFETY: the caller's own arguments.
+    unsafe { get_real_system_call(vfs, name) }
 }
 
 /// The structure of a VFS of version 1 ends before the methods of version 2: what is there is not a method.
@@ -196,5 +216,5 @@ forward!(
     x_set_system_call,
     xSetSystemCall(name: *const c_char, call: sqlite3_syscall_ptr) -> c_int, missing: rc::NOTFOUND
 );
-forward!(x_get_system_call, xGetSystemCall(name: *const c_char) -> sqlite3_syscall_ptr, missing: None);
+forward!(get_real_system_call, xGetSystemCall(name: *const c_char) -> sqlite3_syscall_ptr, missing: None);
 forward!(x_next_system_call, xNextSystemCall(name: *const c_char) -> *const c_char, missing: std::ptr::null());

@@ -15,7 +15,7 @@ use std::path::Path;
 use kanbanlock::Options;
 use rusqlite::ffi;
 use support::raw_file::{vfs, vfs_methods};
-use support::{TestDb, in_own_process, log};
+use support::{TestDb, code, in_own_process, log};
 
 type Fcntl = unsafe extern "C" fn(c_int, c_int, *mut c_void) -> c_int;
 type Open = unsafe extern "C" fn(*const c_char, c_int, c_int) -> c_int;
@@ -168,6 +168,58 @@ fn a_write_lock_through_a_read_only_descriptor_is_ebadf() {
     writer.lock(libc::F_WRLCK, 2).unwrap();
     read_only.close();
     writer.close();
+}
+
+/// -1 is what SQLITE_FCNTL_NULL_IO leaves in an open file. The kernel answers, as it does without the hooks.
+#[test]
+fn a_negative_descriptor_is_ebadf() {
+    let (_db, _stranger) = file();
+    let none = Hooked(-1);
+    for cmd in [libc::F_SETLK, libc::F_SETLKW, libc::F_GETLK] {
+        let mut request = flock(libc::F_RDLCK, 1);
+        assert_eq!(none.fcntl(cmd, (&raw mut request).cast()), -1);
+        assert_eq!(std::io::Error::last_os_error().raw_os_error(), Some(libc::EBADF));
+    }
+    assert_eq!(none.fcntl(libc::F_GETFD, std::ptr::null_mut()), -1);
+    // SAFETY: the type that os_unix calls it by.
+    let close = unsafe { transmute::<unsafe extern "C" fn(), Close>(system_call("close")) };
+    // SAFETY: an integer that is no descriptor.
+    assert_eq!(unsafe { close(-1) }, -1);
+    assert_eq!(std::io::Error::last_os_error().raw_os_error(), Some(libc::EBADF));
+}
+
+/// SQLITE_FCNTL_NULL_IO in the middle of a transaction: the same answers as stock's, and no abort.
+#[test]
+fn null_io_is_answered_as_by_stock() {
+    /// "Used to cause file descriptors to be closed", <https://www.sqlite.org/c3ref/c_fcntl_begin_atomic_write.html>
+    const NULL_IO: c_int = 43;
+    let answers = |vfs: &str, journal_mode: &str| {
+        let db = TestDb::new();
+        let connection = db.open(vfs);
+        support::set_journal_mode(&connection, journal_mode);
+        connection.execute_batch("CREATE TABLE t (x); BEGIN; SELECT * FROM t").unwrap();
+        // SAFETY: an open connection, and an opcode that takes no argument.
+        let controlled = unsafe {
+            ffi::sqlite3_file_control(connection.handle(), c"main".as_ptr(), NULL_IO, std::ptr::null_mut())
+        };
+        let mut answers = vec![controlled];
+        for sql in ["COMMIT", "SELECT * FROM t", "INSERT INTO t VALUES (1)"] {
+            let result = connection.execute_batch(sql);
+            answers.push(result.err().map_or(0, |error| code(Err::<(), _>(error))));
+        }
+        let is_closed = connection.close().is_ok();
+        (answers, is_closed)
+    };
+    in_own_process("null_io_is_answered_as_by_stock", || {
+        log::install();
+        let stock = ["delete", "wal"].map(|mode| answers("unix", mode));
+        assert_eq!(stock[0].0[0], ffi::SQLITE_OK, "this SQLite knows it");
+        assert!(stock[0].0.iter().any(|answer| answer & 0xff == ffi::SQLITE_IOERR), "{stock:?}");
+        kanbanlock::register().unwrap();
+        for vfs in ["unix", "kanbanlock"] {
+            assert_eq!(["delete", "wal"].map(|mode| answers(vfs, mode)), stock, "{vfs}");
+        }
+    });
 }
 
 /// A lock of somebody else is EAGAIN or EACCES, and os_unix makes SQLITE_BUSY of it.

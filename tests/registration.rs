@@ -3,11 +3,12 @@
 mod support;
 
 use std::ffi::{c_char, c_int};
+use std::fs::File;
 
 use kanbanlock::ffi as kanbanlock_ffi;
 use kanbanlock::{CheckpointPolicy, Fallback, HostApi, Options, RegisterError, register_with};
 use rusqlite::{Connection, ffi};
-use support::{TestDb, code, log, unique};
+use support::{TestDb, code, in_own_process, in_own_processes, log, unique};
 
 #[test]
 fn registering_again_changes_nothing() {
@@ -22,6 +23,69 @@ fn registering_again_changes_nothing() {
     assert_eq!(find("kanbanlock"), vfs);
     Options::new().register().unwrap();
     assert_eq!(find("kanbanlock"), vfs);
+}
+
+/// Threads that are the first to register, all at once, and go on at once: each finds everything installed. (The hooks
+/// came after the VFS once: another thread's `register()` had returned by then, and its locks were POSIX locks.)
+#[test]
+fn threads_that_register_at_once_find_everything_installed() {
+    const THREADS: usize = 4;
+    in_own_processes(20, "threads_that_register_at_once_find_everything_installed", || {
+        log::install();
+        // What the installation looks at: it takes longer so.
+        let _descriptors: Vec<_> = (0..100).map(|_| File::open("/dev/null").unwrap()).collect();
+        let db = TestDb::new();
+        let setup = db.open("unix");
+        support::set_journal_mode(&setup, "wal");
+        setup.execute_batch("CREATE TABLE t (x)").unwrap();
+        setup.close().unwrap();
+        let barrier = std::sync::Barrier::new(THREADS);
+        let connections = std::thread::scope(|scope| {
+            let threads = [(); THREADS].map(|()| {
+                scope.spawn(|| {
+                    barrier.wait();
+                    kanbanlock::register().unwrap();
+                    let connection = db.open("kanbanlock");
+                    // One of them recovers the WAL; the others wait for that (else SQLITE_BUSY_RECOVERY).
+                    connection.busy_timeout(std::time::Duration::from_secs(30)).unwrap();
+                    connection.query_row("SELECT count(*) FROM t", [], |row| row.get::<_, i64>(0)).unwrap();
+                    connection
+                })
+            });
+            threads.map(|thread| thread.join().unwrap())
+        });
+        let pid = format!(" {} ", std::process::id());
+        let locks = std::fs::read_to_string("/proc/locks").unwrap();
+        let posix: Vec<_> =
+            locks.lines().filter(|line| line.contains("POSIX") && line.contains(&pid)).collect();
+        assert_eq!(posix, [""; 0]);
+        for connection in &connections {
+            let status: String = connection.query_row("PRAGMA kanbanlock", [], |row| row.get(0)).unwrap();
+            assert!(status.contains("\"close_proof\":true"), "{status}");
+        }
+    });
+}
+
+/// Another copy of the library in the process (a second `libkanbanlock.so`) has a registry of its own. Here: a VFS with the
+/// methods of ours, under another name.
+#[test]
+fn a_kanbanlock_of_another_library_is_not_wrapped() {
+    in_own_process("a_kanbanlock_of_another_library_is_not_wrapped", || {
+        log::install();
+        Options::new().register().unwrap();
+        let theirs =
+            ffi::sqlite3_vfs { zName: c"theirs".as_ptr(), ..support::raw_file::vfs_methods("kanbanlock") };
+        let theirs = Box::leak(Box::new(theirs));
+        // SAFETY: a complete VFS, leaked; and it is the default from now on.
+        assert_eq!(unsafe { ffi::sqlite3_vfs_register(theirs, 1) }, ffi::SQLITE_OK);
+        let expected = RegisterError::RealVfsIsKanbanlock { name: "theirs".to_owned() };
+        let ours = || Options::new().name("ours");
+        assert_error(ours().register(), &expected, "wrap \"unix\" instead");
+        assert_error(ours().real_vfs("theirs").register(), &expected, "wrap \"unix\" instead");
+        ours().real_vfs("unix").register().unwrap();
+        let db = TestDb::new();
+        db.open("ours").execute_batch("CREATE TABLE t (x)").unwrap();
+    });
 }
 
 fn find(name: &str) -> usize {

@@ -148,6 +148,8 @@ impl Stack {
     }
 }
 
+const OWN_PROCESS: &str = "KANBANLOCK_TEST_OWN_PROCESS";
+
 /// Runs `body` in a process of its own, for what is the whole process's business: this binary again, with this one
 /// test. `test` is the name of the calling test.
 pub fn in_own_process(test: &str, body: impl FnOnce()) {
@@ -183,13 +185,12 @@ pub fn unshare(arguments: &[&str]) -> Option<Command> {
 }
 
 fn in_process_of(mut command: Command, test: &str, body: impl FnOnce()) {
-    const OWN: &str = "KANBANLOCK_TEST_OWN_PROCESS";
-    if std::env::var_os(OWN).is_some() {
+    if std::env::var_os(OWN_PROCESS).is_some() {
         return body();
     }
     command
         .args(["--exact", test, "--nocapture"])
-        .env(OWN, "1")
+        .env(OWN_PROCESS, "1")
         .stdout(Stdio::piped())
         .stderr(Stdio::piped());
     let child = {
@@ -201,6 +202,12 @@ fn in_process_of(mut command: Command, test: &str, body: impl FnOnce()) {
     assert!(output.status.success(), "{}\n{}", text(&output.stdout), text(&output.stderr));
     assert!(text(&output.stdout).contains("1 passed"), "no such test: {test}");
     print!("{}", text(&output.stdout)); // counts, for --show-output
+}
+
+/// The same in `count` processes, one after the other: for what is a matter of luck, and can be tried once in a process.
+pub fn in_own_processes(count: usize, test: &str, body: impl Fn()) {
+    let count = if std::env::var_os(OWN_PROCESS).is_some() { 1 } else { count };
+    (0..count).for_each(|_| in_own_process(test, &body));
 }
 
 /// A VFS name that no other test of this process uses.
