@@ -40,15 +40,23 @@ pub struct Driver<G> {
     snapshot: Cell<u32>,
     /// WRITE was won with a snapshot that is not the newest: SQLite will give it back at once.
     is_stale: Cell<bool>,
-    /// `None` for a file that cannot be written: opened read-only.
-    gate: Option<G>,
+    gate: G,
 }
 
 impl<G: Gate> Driver<G> {
     /// A file just opened, holding nothing.
-    pub fn new(policy: CheckpointPolicy, gate: Option<G>) -> Driver<G> {
+    pub fn new(policy: CheckpointPolicy, gate: G) -> Driver<G> {
+        Driver::of(State::new(policy), policy, gate)
+    }
+
+    /// The same of a file that was opened read-only: row L13.
+    pub fn new_read_only(gate: G) -> Driver<G> {
+        Driver::of(State::new_read_only(), CheckpointPolicy::Free, gate)
+    }
+
+    fn of(state: State, policy: CheckpointPolicy, gate: G) -> Driver<G> {
         let (snapshot, is_stale) = (Cell::new(0), Cell::new(false));
-        Driver { state: Cell::new(State::new(policy)), policy, snapshot, is_stale, gate }
+        Driver { state: Cell::new(state), policy, snapshot, is_stale, gate }
     }
 
     /// The state now.
@@ -56,9 +64,9 @@ impl<G: Gate> Driver<G> {
         self.state.get()
     }
 
-    /// The gate, if this file has one.
-    pub fn gate(&self) -> Option<&G> {
-        self.gate.as_ref()
+    /// The gate.
+    pub fn gate(&self) -> &G {
+        &self.gate
     }
 
     /// Row P1: a callback panicked.
@@ -66,7 +74,7 @@ impl<G: Gate> Driver<G> {
         self.state.set(self.state.get().poison());
     }
 
-    /// `xLock`: rows L1–L8, L12, M1.
+    /// `xLock`: rows L1–L8, L12, L13, M1.
     #[inline]
     pub fn x_lock(&self, real: &impl RealLocks, level: c_int, around: &impl Surroundings) -> c_int {
         let Some(to) = LockLevel::from_raw(level) else {
@@ -77,18 +85,19 @@ impl<G: Gate> Driver<G> {
             return code;
         }
         let before = self.state.get().level();
-        if let Some(gate) = self.gate.as_ref().filter(|_| to == LockLevel::Exclusive) {
-            gate.exclusive_begin();
+        if to == LockLevel::Exclusive {
+            self.gate.exclusive_begin();
         }
         let is_shared = self.state.get().raises_to_exclusive(to) && around.others_use_shm();
         let code = if is_shared { rc::BUSY } else { real.x_lock(level) }; // L12
-        if let Some(gate) = &self.gate {
-            let is_refused = rc::primary(code) == rc::BUSY;
-            match to {
-                LockLevel::Exclusive => gate.exclusive_end(is_refused && before >= LockLevel::Reserved),
-                LockLevel::Shared if is_refused => gate.shared_refused(),
-                _ => {}
-            }
+        let is_refused = rc::primary(code) == rc::BUSY;
+        match to {
+            LockLevel::Exclusive => self.gate.exclusive_end(is_refused && before >= LockLevel::Reserved),
+            LockLevel::Shared if is_refused && !self.state.get().is_read_only() => self.gate.shared_refused(),
+            _ => {}
+        }
+        if is_refused {
+            self.gate.answers_busy();
         }
         let (after, _) = self.state.get().lock_done(to, reply(code), || around.shm_exists());
         self.settle(after);
@@ -107,7 +116,7 @@ impl<G: Gate> Driver<G> {
         self.settle(after);
         // Not after a refused SHARED, which SQLite follows up with this call, too.
         if to == LockLevel::None && before.level() > LockLevel::None {
-            self.transaction_over();
+            self.gate.transaction_over();
         }
         code
     }
@@ -146,6 +155,8 @@ impl<G: Gate> Driver<G> {
         let (after, row) = before.shm_done(request, reply(code));
         if code == rc::OK {
             self.watch_snapshot(request, around);
+        } else if rc::primary(code) == rc::BUSY {
+            self.gate.answers_busy();
         }
         if matches!(row, Row::G2 | Row::G4) {
             // If this fails, CKPT stays ours until xShmUnmap: nobody checkpoints, and nothing is lost.
@@ -154,7 +165,7 @@ impl<G: Gate> Driver<G> {
         self.settle(after);
         // Not after READ was held exclusively, to move a read mark before the transaction or to restart the WAL in it.
         if matches!(request, ShmRequest::Unlock(slots) if before.shares(slots & ShmSlots::READS)) {
-            self.transaction_over();
+            self.gate.transaction_over();
         }
         code
     }
@@ -177,18 +188,9 @@ impl<G: Gate> Driver<G> {
             ShmRequest::Unlock(slots)
                 if slots.intersects(ShmSlots::WRITE) && self.is_stale.replace(false) =>
             {
-                if let Some(gate) = &self.gate {
-                    gate.wanted_in_vain();
-                }
+                self.gate.wanted_in_vain();
             }
             _ => {}
-        }
-    }
-
-    #[inline]
-    fn transaction_over(&self) {
-        if let Some(gate) = &self.gate {
-            gate.transaction_over();
         }
     }
 
@@ -220,14 +222,15 @@ impl<G: Gate> Driver<G> {
         ask: Ask,
         to_exclusive: bool,
     ) -> Result<(), c_int> {
-        let acquired = match (ask, &self.gate) {
-            (Ask::TakeGate, Some(gate)) => gate.try_acquire()?,
-            (Ask::AwaitGate, Some(gate)) => gate.await_acquire()?,
-            (Ask::Forward, _) | (Ask::TakeGate | Ask::AwaitGate, None) => return Ok(()),
-            (Ask::GuardReset, _) => return self.guard_reset(real),
-            (Ask::Refuse, _) => return Err(rc::IOERR_LOCK),
+        let acquired = match ask {
+            Ask::TakeGate => self.gate.try_acquire()?,
+            Ask::AwaitGate => self.gate.await_acquire()?,
+            Ask::Forward => return Ok(()),
+            Ask::GuardReset => return self.guard_reset(real),
+            Ask::Refuse => return Err(rc::IOERR_LOCK),
         };
         if !acquired {
+            self.gate.answers_busy();
             around.doubt_places();
             return Err(rc::BUSY);
         }
@@ -252,12 +255,11 @@ impl<G: Gate> Driver<G> {
     #[inline]
     fn settle(&self, after: State) {
         self.state.set(after);
-        let Some(gate) = &self.gate else { return };
         if !after.wants_gate() {
-            gate.release();
+            self.gate.release();
         }
         debug_assert!(
-            after.is_poisoned() || gate.is_held() == after.wants_gate(),
+            after.is_poisoned() || self.gate.is_held() == after.wants_gate(),
             "gate held ⇔ there is a reason: {after:?}"
         );
     }

@@ -77,8 +77,8 @@ pub struct OpenFile {
 }
 
 impl OpenFile {
-    /// A database file just opened by the real VFS. `writable`: not SQLITE_OPEN_READONLY; a file that cannot be
-    /// written gets no gate.
+    /// A database file just opened by the real VFS. `writable`: not SQLITE_OPEN_READONLY. One that is not has a gate for what
+    /// it can write all the same: row L13.
     ///
     /// # Errors
     ///
@@ -90,7 +90,9 @@ impl OpenFile {
         options: FileOptions,
         writable: bool,
     ) -> Result<OpenFile, String> {
-        let gate = writable.then(|| LockFile::new(shim.host, database, options.fallback, options.waiting));
+        let gate = LockFile::new(shim.host, database, options.fallback, options.waiting);
+        let driver =
+            if writable { Driver::new(options.checkpoint, gate) } else { Driver::new_read_only(gate) };
         let names = Names {
             database: database.to_owned(),
             wal: with_suffix(database, "-wal"),
@@ -112,7 +114,7 @@ impl OpenFile {
             None => None,
         };
         Ok(OpenFile {
-            driver: Driver::new(options.checkpoint, gate),
+            driver,
             shim,
             _close_proof_wish: close_proof_wish,
             id,
@@ -156,10 +158,7 @@ impl OpenFile {
     /// The answer to `PRAGMA kanbanlock`: one row of JSON.
     pub fn status(&self) -> String {
         let state = self.driver.state();
-        let lock_file = match self.driver.gate() {
-            Some(gate) => json_string(&gate.path().to_string_lossy()),
-            None => "null".to_owned(),
-        };
+        let lock_file = json_string(&self.driver.gate().path().to_string_lossy());
         let totals = crate::stats::snapshot();
         format!(
             "{{\"version\":{version},\"vfs\":{vfs},\"real_vfs\":{real_vfs},\"lock_file\":{lock_file},\

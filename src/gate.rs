@@ -12,6 +12,9 @@
 //!   closed, the new file opened and locked.
 //! - No lock file, no write: if the gate cannot be had for any reason but "refused", the write lock fails with
 //!   an error that says what to do. `kanbanlock_fallback=unlocked` is the only way around, and it is logged.
+//! - A descriptor is ours as long as it is open on the file that it was opened on. Other code in the process may close it (a
+//!   number closed twice), and the number is then the application's: it is neither locked nor closed, but forgotten. Asked
+//!   before an acquire and at a release, at most once in a tick of the kernel's clock, and before each close.
 //! - Only LOCK_NB: nothing here waits for another process, but for the bounded [`Gate::await_acquire`]. Waiting is for
 //!   xSleep (`wait.rs`), when SQLite holds no lock; here a refusal leaves the note that it needs.
 //! - While others wait, the queue (`queue.rs`) says who may try the flock. Without it: whoever comes.
@@ -21,14 +24,14 @@
 //! - errno is left as it was found.
 //!
 //! ## Cost
-//! Uncontended: flock, mostly fstat, flock for a whole write transaction. No allocation, no mutex. The descriptor is
+//! Uncontended: flock and flock for a whole write transaction, and once in a tick three fstat. No allocation, no mutex. The descriptor is
 //! opened at the first write lock (a reader never touches the lock file) and kept until xClose.
 //!
 //! A flock belongs to the open file description (flock(2)), not to the process: two connections of one process
 //! exclude each other, and a `close()` elsewhere in the process does not cancel it, unlike the POSIX locks
 //! beneath SQLite.
 //!
-//! Uses: `wait`, `hint`, `held`, `queue`, `fork`, `host`, `events`, `sys`, `stats`, `error`.
+//! Uses: `wait`, `hint`, `held`, `holder`, `queue`, `fork`, `host`, `events`, `sys`, `stats`, `error`.
 
 use std::cell::{Cell, RefCell};
 use std::ffi::{CStr, CString, OsStr, c_int};
@@ -45,6 +48,7 @@ use crate::events::{self, About};
 use crate::fork;
 use crate::held;
 use crate::hint::{self, NoBoard};
+use crate::holder;
 use crate::host::Host;
 use crate::queue::{Micros, Seat};
 use crate::stats;
@@ -72,6 +76,8 @@ pub trait Gate {
     /// The connection has had the gate and given it back without having written, for it came too late: it will wait, and
     /// wants the gate again.
     fn wanted_in_vain(&self);
+    /// SQLITE_BUSY is the answer: the thread may sleep now, for this connection and for none that it has used before.
+    fn answers_busy(&self);
     /// True between a successful acquire and the release.
     fn is_held(&self) -> bool;
 }
@@ -135,6 +141,8 @@ pub struct LockFile {
     no_queue_until: Cell<Micros>,
     has_warned_no_queue: Cell<bool>,
     held: Cell<bool>,
+    /// Held without a flock: [`Fallback::Unlocked`].
+    is_unlocked: Cell<bool>,
     /// How many in a row, and since when.
     refusals: Cell<u32>,
     waits_since: Cell<Micros>,
@@ -184,6 +192,18 @@ impl Descriptor {
     fn unlock(&self) -> io::Result<()> {
         held::unlock(self.fd.as_fd(), self.outer.len())
     }
+
+    /// True if this tick has already seen that it is ours.
+    #[inline]
+    fn is_checked(&self, now: Tick) -> bool {
+        self.checked.is_some_and(|checked| checked.at == now)
+    }
+
+    /// False if other code has closed a descriptor of ours: the number is not open, or open on another file.
+    #[inline(never)]
+    fn is_ours(&self) -> bool {
+        !self.outer.iter().chain([&self.fd]).any(|fd| sys::is_lost(fd, self.id))
+    }
 }
 
 /// Why the gate cannot be had, other than that another holds it.
@@ -208,6 +228,7 @@ impl LockFile {
             no_queue_until: Cell::new(0),
             has_warned_no_queue: Cell::new(false),
             held: Cell::new(false),
+            is_unlocked: Cell::new(false),
             refusals: Cell::new(0),
             waits_since: Cell::new(0),
             refused_at: Cell::new(0),
@@ -237,6 +258,10 @@ impl LockFile {
     fn try_flock(&self) -> Result<bool, Failure> {
         let mut slot = self.descriptor.borrow_mut();
         for _ in 0..REPLACED_LIMIT {
+            let now = sys::tick();
+            if slot.as_ref().is_some_and(|open| !open.is_checked(now) && !open.is_ours()) {
+                self.lost(&mut slot);
+            }
             let descriptor = match &mut *slot {
                 Some(descriptor) => descriptor,
                 None => slot.insert(self.open()?),
@@ -246,7 +271,7 @@ impl LockFile {
                 // Waiting anyway, so look closely: the holder of a dead file must not keep us out.
                 descriptor.checked = None;
             }
-            match self.is_in_place(descriptor) {
+            match self.is_in_place(descriptor, now) {
                 Ok(true) => return Ok(acquired),
                 Ok(false) => {}
                 Err(error) => {
@@ -269,6 +294,20 @@ impl LockFile {
         Ok(false)
     }
 
+    /// Other code in this process has closed our descriptor.
+    #[cold]
+    fn lost(&self, descriptor: &mut Option<Descriptor>) {
+        close(descriptor);
+        self.log(
+            rc::WARNING,
+            &format!(
+                "kanbanlock: other code in this process has closed the descriptor of {}, and with it any flock. Find out \
+                 what closes a number twice",
+                self.path().display()
+            ),
+        );
+    }
+
     /// True if the name still leads to the file that we hold open.
     ///
     /// Mostly by one fstat(2): a file that is unlinked or renamed over loses its last link, and one that is renamed away
@@ -276,9 +315,8 @@ impl LockFile {
     /// last answer stands: the check costs a third of all that the gate costs, and a replacement is an accident, to be
     /// noticed soon, while SQLite's own locks still exclude.
     #[inline]
-    fn is_in_place(&self, descriptor: &mut Descriptor) -> io::Result<bool> {
-        let now = sys::tick();
-        if descriptor.checked.is_some_and(|checked| checked.at == now) {
+    fn is_in_place(&self, descriptor: &mut Descriptor, now: Tick) -> io::Result<bool> {
+        if descriptor.is_checked(now) {
             return Ok(true);
         }
         self.check_in_place(descriptor, now)
@@ -417,8 +455,9 @@ impl LockFile {
             let _ = sys::fchmod(fd.as_fd(), mode);
         }
         if (created.uid, created.gid) != (database.uid, database.gid) {
-            // Succeeds for root alone, which is the case that matters: "if a root process opens a database
-            // file, it can leave behind a journal … inaccessible to unprivileged processes" (os_unix.c).
+            // The owner for root alone, which is the case that matters: "if a root process opens a database
+            // file, it can leave behind a journal … inaccessible to unprivileged processes" (os_unix.c). The group for its
+            // members, too: else a colleague could not open what this process has made.
             let _ = sys::fchown(fd.as_fd(), database.uid, database.gid);
         }
         Ok(fd)
@@ -459,13 +498,18 @@ impl LockFile {
         }
         let mut descriptor = self.descriptor.borrow_mut();
         let Some(open) = descriptor.as_ref() else {
-            return; // granted without a lock file (Fallback::Unlocked)
+            return;
         };
+        if self.is_unlocked.replace(false) {
+            return; // there is nothing to unlock
+        }
         let seat = self.seat.borrow();
         if let Some(seat) = &*seat {
             seat.releases_now();
         }
-        if let Err(error) = open.unlock() {
+        if !open.is_checked(sys::tick()) && !open.is_ours() {
+            self.lost(&mut descriptor);
+        } else if let Err(error) = open.unlock() {
             self.log(
                 rc::WARNING,
                 &format!("kanbanlock: {} cannot be unlocked: {error}; closing it", self.path().display()),
@@ -558,7 +602,10 @@ impl LockFile {
         };
         // Held by this process, but by none of its kanbanlock connections: then by the application. Twice, since a waiting
         // connection tries the flock for a moment (`Hint::is_free`).
-        let is_own = || flock_holder(open) == Some(std::process::id()) && stats::snapshot().held == 0;
+        let is_own = || {
+            let holder = holder::flock_holder(open.fd.as_fd(), open.id);
+            holder == Some(std::process::id()) && stats::snapshot().held == 0
+        };
         let has_inherited = || held::is_flocked_here(open.id) && stats::snapshot().held == 0;
         let is_own = is_own() && is_own();
         if is_own || (has_inherited() && has_inherited()) {
@@ -586,12 +633,14 @@ impl LockFile {
     fn name_holder(&self, waited: Micros) {
         let descriptor = self.descriptor.borrow();
         let Some(open) = descriptor.as_ref() else { return };
-        let holder = match flock_holder(open) {
+        let holder = match holder::flock_holder(open.fd.as_fd(), open.id) {
             // OFD locks have no pid (/proc/locks says -1).
             _ if !open.outer.is_empty() => {
                 format!("held by another of those that {} was handed down to", held::VARIABLE)
             }
-            Some(pid) => format!("held by process {pid} ({}){}", command_line(pid), self.held_for(pid)),
+            Some(pid) => {
+                format!("held by process {pid} ({}){}", holder::command_line(pid), self.held_for(pid))
+            }
             None => "not held at this moment, or by a process that cannot be seen from here".to_owned(),
         };
         let waited_ms = waited / 1000;
@@ -635,6 +684,7 @@ impl LockFile {
             return Err(self.host.log_failure(failure.code, &failure.message, self.about()));
         }
         stats::UNLOCKED.increment();
+        self.is_unlocked.set(true);
         if !self.has_warned_unlocked.replace(true) {
             self.log(
                 rc::WARNING,
@@ -735,6 +785,7 @@ impl Gate for LockFile {
     }
 
     fn await_acquire(&self) -> Result<bool, c_int> {
+        let _errno = ErrnoGuard::new();
         let end = sys::micros() + CHECKPOINT_WAIT;
         loop {
             let seen = self.seat.borrow().as_ref().map_or(0, |seat| seat.releases());
@@ -807,6 +858,11 @@ impl Gate for LockFile {
         }
     }
 
+    #[inline(never)]
+    fn answers_busy(&self) {
+        wait::not_for_another(self.seat.borrow().as_ref());
+    }
+
     #[inline]
     fn is_held(&self) -> bool {
         self.held.get()
@@ -825,49 +881,16 @@ impl Drop for LockFile {
     }
 }
 
+/// Closes what is ours of it. A number that other code has closed may be the application's now.
 fn close(descriptor: &mut Option<Descriptor>) {
-    if let Some(Descriptor { fd, outer, .. }) = descriptor.take() {
-        for fd in outer.iter().chain([&fd]) {
+    if let Some(Descriptor { fd, outer, id, .. }) = descriptor.take() {
+        for fd in outer.into_iter().chain([fd]) {
             fork::forget(fd.as_raw_fd());
+            if sys::is_lost(&fd, id) {
+                std::mem::forget(fd);
+            }
         }
     }
-}
-
-/// Who holds a flock on the file `id`: the pid in `/proc/locks` (proc(5)), in this pid namespace.
-///
-/// `None` also on a file system that is not to be found there by the numbers of stat(2): btrfs, some overlays.
-pub fn read_flock_holder(id: FileId) -> io::Result<Option<u32>> {
-    let locks = std::fs::read_to_string("/proc/locks")?;
-    Ok(parse_flock_holder(&locks, &id.in_proc_locks()))
-}
-
-/// The same, on any file system: with the lock file open, the kernel can be asked what it is called there.
-fn flock_holder(open: &Descriptor) -> Option<u32> {
-    let locks = std::fs::read_to_string("/proc/locks").ok()?;
-    parse_flock_holder(&locks, &open.id.in_proc_locks())
-        .or_else(|| parse_flock_holder(&locks, &sys::name_in_proc_locks(open.fd.as_fd())?))
-}
-
-/// What a process was started with, for a message: `/proc/PID/cmdline`. proc(5)
-fn command_line(pid: u32) -> String {
-    let arguments = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
-    let line = String::from_utf8_lossy(&arguments).replace('\0', " ");
-    match line.trim().char_indices().nth(100) {
-        Some((end, _)) => format!("{}…", &line[..end]),
-        None if line.trim().is_empty() => "its command line cannot be read".to_owned(),
-        None => line.trim().to_owned(),
-    }
-}
-
-/// A line of `/proc/locks`: `1: FLOCK  ADVISORY  WRITE 4711 fe:00:131 0 EOF`.
-fn parse_flock_holder(locks: &str, wanted: &str) -> Option<u32> {
-    locks.lines().find_map(|line| {
-        let mut fields = line.split_ascii_whitespace().skip(1);
-        let is_flock = fields.next() == Some("FLOCK");
-        let pid = fields.nth(2)?.parse().ok()?;
-        let file = fields.next()?;
-        (is_flock && file == wanted).then_some(pid)
-    })
 }
 
 /// `<path><suffix>`
@@ -880,33 +903,4 @@ pub fn with_suffix(path: &CStr, suffix: &str) -> CString {
 
 fn as_path(path: &CStr) -> &Path {
     Path::new(OsStr::from_bytes(path.to_bytes()))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_holder_is_the_flock_on_exactly_this_file() {
-        let id = &FileId::new(libc::makedev(0xfe, 0), 131).in_proc_locks();
-        let locks = "1: POSIX  ADVISORY  WRITE 11 fe:00:131 0 EOF\n\
-                     2: FLOCK  ADVISORY  WRITE 12 fe:00:132 0 EOF\n\
-                     2: -> FLOCK  ADVISORY  WRITE 14 fe:00:131 0 EOF\n\
-                     3: FLOCK  ADVISORY  WRITE 13 fe:00:131 0 EOF\n";
-        assert_eq!(parse_flock_holder(locks, id), Some(13));
-        assert_eq!(parse_flock_holder("", id), None);
-        assert_eq!(parse_flock_holder("nonsense\n1: FLOCK\n", id), None);
-    }
-
-    /// On whatever file system the temporary folder is. `tests/filesystems/run.py` has btrfs, where stat(2) does not help.
-    #[test]
-    fn the_kernel_says_what_a_file_is_called_in_proc_locks() {
-        let file = tempfile::NamedTempFile::new().unwrap();
-        file.as_file().lock().unwrap();
-        let other = file.reopen().unwrap();
-        let name = sys::name_in_proc_locks(other.as_fd()).unwrap();
-        let locks = std::fs::read_to_string("/proc/locks").unwrap();
-        assert_eq!(parse_flock_holder(&locks, &name), Some(std::process::id()));
-        assert!(!sys::locks_of(other.as_fd()).unwrap().contains("OFDLCK"), "and leaves no lock behind");
-    }
 }

@@ -274,7 +274,8 @@ fn read(file: &mut File) -> io::Result<String> {
 fn make(path: &CStr, lock_file: FileId, file: &mut File) -> Result<Option<(OwnedFd, String)>, NoBoard> {
     let memory = sys::sealed_memory(MEMORY_NAME, SIZE)?;
     // The memory's mode decides, beside ptrace's rules, who may open it through /proc.
-    sys::fchmod(memory.as_fd(), sys::stat(path)?.mode & 0o777)?;
+    // Nobody executes it: sealed so (MFD_NOEXEC_SEAL), it could not even be allowed.
+    sys::fchmod(memory.as_fd(), sys::stat(path)?.mode & 0o666)?;
     let mapping = Mapping::new(&memory, libc::O_RDWR)?;
     mapping.board().initialise(lock_file.numbers());
     let inode = sys::fstat(memory.as_fd())?.id.numbers().1;

@@ -3,7 +3,7 @@
 //! Nothing is locked, created or written, so no writer is refused because somebody looks: whether the gate is held is read
 //! in `/proc/locks` rather than tried, and the queue's board is mapped read-only. The database file is not opened.
 //!
-//! Uses: `gate`, `hint`, `queue`, `sys`.
+//! Uses: `gate`, `hint`, `holder`, `queue`, `sys`.
 
 use std::ffi::CString;
 use std::io;
@@ -11,8 +11,9 @@ use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use crate::gate::{self, with_suffix};
+use crate::gate::with_suffix;
 use crate::hint::{self, NoBoard};
+use crate::holder;
 use crate::queue::{Glimpse, Micros};
 use crate::sys;
 
@@ -92,7 +93,7 @@ pub fn inspect(db: &Path) -> io::Result<Inspection> {
         }
         attributes => attributes?.id,
     };
-    let pid = gate::read_flock_holder(id)?;
+    let pid = holder::read_flock_holder(&path, id)?;
     let now = sys::micros();
     let elapsed = |since: Micros| Duration::from_micros(now.saturating_sub(since));
     let (glimpse, queue) = match hint::view(&path, id, |board| board.glimpse(now)) {

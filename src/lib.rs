@@ -139,6 +139,7 @@ mod gate;
 mod held;
 mod hint;
 mod hold;
+mod holder;
 mod host;
 mod inspect;
 mod io;

@@ -762,7 +762,11 @@ impl<B: AsRef<Board>> Seat<B> {
 }
 
 impl<B: AsRef<Board>> Drop for Seat<B> {
+    /// In the child of a fork the slot is the parent's, who still waits in it.
     fn drop(&mut self) {
+        if self.pid != std::process::id() {
+            return;
+        }
         self.leave();
         self.wake();
     }

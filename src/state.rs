@@ -5,7 +5,7 @@
 //! could leave wrong ([`State::wants_gate`]):
 //!
 //! ```text
-//! reason 1   level >= RESERVED                          (unless the gate is lent, rows L2w, L7w)
+//! reason 1   level >= RESERVED      (unless the gate is lent, rows L2w, L7w, or the file opened read-only, row L13)
 //! reason 2   WRITE, asked for while this file held a READ slot or CKPT: a write transaction, a checkpoint
 //! reason 3   CKPT, when the checkpoint policy is `gate`
 //! ```
@@ -26,6 +26,10 @@
 //! process that lost its SHARED lock by a stray close() may still use that WAL; its mark on the `-shm`, the DMS byte,
 //! says so. SQLite 3.51 asks for the mark itself (`unixIsSharingShmNode`), older ones do not.
 //!
+//! Row L13: a database opened read-only is not written through this file, and its folder need not have a lock file. But SQLite
+//! opens its `-wal` for writing all the same, and a checkpoint (FULL, RESTART, TRUNCATE) that finds everything copied
+//! restarts or truncates it: that takes WRITE with CKPT held, hence the gate (row S2).
+//!
 //! Row M1: a write into a file that was deleted, renamed or replaced would be acknowledged and lost (`place.rs`).
 //!
 //! | row | before | call | gate | real result | after |
@@ -44,6 +48,7 @@
 //! | L10 | any | xUnlock NONE | – | OK | NONE; release unless a shm reason remains |
 //! | L11 | any | xUnlock | – | not OK | the level that `SQLITE_FCNTL_LOCKSTATE` gives, if lower; unknown → as before, stay held; lent → SHARED |
 //! | L12 | SHARED, RESERVED, PENDING; `-shm` mapped | xLock EXCLUSIVE | as in L4, L6 | others use the `-shm`: BUSY, real not called | as in L5, L7, L7w |
+//! | L13 | opened read-only; SHARED, RESERVED, PENDING | xLock RESERVED, EXCLUSIVE | – | any | the level if OK, no gate |
 //! | S1 | any | shm LOCK·SHARED | – | any | `shared` grows if OK; release if no reason is left |
 //! | S2 | free | shm LOCK·EXCL with WRITE, own READ or CKPT held | try; refused → BUSY, real not called | OK | held |
 //! | S3 | free | same | taken | not OK | release |
@@ -131,6 +136,7 @@ pub enum Row {
     L9,
     L10,
     L11,
+    L13,
     S1,
     S2,
     S3,
@@ -150,6 +156,8 @@ pub enum Row {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct State {
     policy: CheckpointPolicy,
+    /// Row L13: the database was opened read-only.
+    read_only: bool,
     level: LockLevel,
     excl: ShmSlots,
     shared: ShmSlots,
@@ -169,10 +177,21 @@ impl State {
         State { policy, ..State::default() }
     }
 
+    /// A file just opened read-only. None of its checkpoints copies anything, so none takes the gate for CKPT.
+    pub fn new_read_only() -> State {
+        State { policy: CheckpointPolicy::Free, read_only: true, ..State::default() }
+    }
+
+    /// Row L13.
+    #[inline]
+    pub fn is_read_only(&self) -> bool {
+        self.read_only
+    }
+
     /// True while there is a reason to hold the gate. The driver makes it so after each call.
     #[inline]
     pub fn wants_gate(&self) -> bool {
-        (self.level >= LockLevel::Reserved && !self.lent) || !self.gated.is_empty()
+        (self.level >= LockLevel::Reserved && !self.lent && !self.read_only) || !self.gated.is_empty()
     }
 
     /// Row K3: what `auto` means for the next checkpoint.
@@ -212,7 +231,7 @@ impl State {
     /// Before `xLock(to)`.
     #[inline]
     pub fn ask_lock(&self, to: LockLevel) -> Ask {
-        match self.is_upgrade(to) {
+        match self.is_upgrade(to) && !self.read_only {
             true if self.poisoned => Ask::Refuse,
             true if !self.reserves_in_wal_mode(to) => self.ask_gate(),
             _ => Ask::Forward,
@@ -226,6 +245,9 @@ impl State {
         let ok = reply == Reply::Ok;
         let (after, row) = match (self.level, to) {
             (before, to) if before >= to => (self, Row::L8),
+            _ if self.read_only && self.is_upgrade(to) => {
+                (State { level: if ok { to } else { self.level }, ..self }, Row::L13)
+            }
             (None, Shared) if ok => (State { level: Shared, ..self }, Row::L1),
             (None, Shared) => (self, Row::L1),
             (Shared, Reserved) if self.reserves_in_wal_mode(to) && ok => {

@@ -13,7 +13,7 @@
 use std::ffi::{CStr, CString, c_int};
 use std::io;
 use std::mem::MaybeUninit;
-use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::process::CommandExt;
 use std::process::Command;
 use std::ptr::NonNull;
@@ -66,10 +66,10 @@ impl FileId {
         FileId { device, inode }
     }
 
-    /// As `/proc/locks` writes it: `MAJOR:MINOR:INODE`, the device in hexadecimal. proc(5)
-    pub fn in_proc_locks(&self) -> String {
-        let (major, minor) = (libc::major(self.device), libc::minor(self.device));
-        format!("{major:02x}:{minor:02x}:{}", self.inode)
+    /// The device: major and minor.
+    pub fn device(&self) -> (u32, u32) {
+        #[allow(clippy::unnecessary_cast)] // c_uint, c_int: as the platform's C library has it
+        (libc::major(self.device) as u32, libc::minor(self.device) as u32)
     }
 }
 
@@ -137,7 +137,7 @@ pub enum Create {
 
 /// open(2) for reading and writing, with every flag that keeps a lock file from harm:
 /// O_CLOEXEC (an exec'd child must not keep the lock), O_NOFOLLOW (ELOOP on a symbolic link),
-/// O_NONBLOCK (do not hang on a FIFO or a device), O_NOCTTY; never O_TRUNC.
+/// O_NONBLOCK (do not hang on a FIFO or a device), O_NOCTTY; never O_TRUNC. Its number is 3 or more.
 pub fn open(path: &CStr, create: Create) -> io::Result<OwnedFd> {
     let base = libc::O_RDWR | libc::O_CLOEXEC | libc::O_NOFOLLOW | libc::O_NONBLOCK | libc::O_NOCTTY;
     let (flags, mode) = match create {
@@ -150,7 +150,13 @@ pub fn open(path: &CStr, create: Create) -> io::Result<OwnedFd> {
         unsafe { libc::open(path.as_ptr(), flags, mode) }
     })?;
     // SAFETY: open(2) has just returned this descriptor, so it is open and nobody else's to close.
-    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+    above_standard(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// The same open file description with a number of 3 or more. Where a standard descriptor is closed, the next file that is
+/// opened gets its number; then a stray printf(3) writes into that file, and a daemon's dup2(2) closes it.
+fn above_standard(fd: OwnedFd) -> io::Result<OwnedFd> {
+    if fd.as_raw_fd() >= 3 { Ok(fd) } else { duplicate_number(fd.as_raw_fd()) }
 }
 
 /// fstat(2)
@@ -187,10 +193,18 @@ pub fn fchmod(fd: BorrowedFd<'_>, mode: libc::mode_t) -> io::Result<()> {
     check(unsafe { libc::fchmod(fd.as_raw_fd(), mode) })
 }
 
-/// fchown(2)
+/// fchown(2); where the owner may not be changed (EPERM), the group alone: "the owner of a file may change the group of the
+/// file to any group of which that owner is a member".
 pub fn fchown(fd: BorrowedFd<'_>, uid: libc::uid_t, gid: libc::gid_t) -> io::Result<()> {
+    const SAME: libc::uid_t = libc::uid_t::MAX; // "If the owner or group is specified as -1, then that ID is not changed."
     // SAFETY: `fd` is borrowed, hence open; any ids are valid arguments.
-    check(unsafe { libc::fchown(fd.as_raw_fd(), uid, gid) })
+    match check(unsafe { libc::fchown(fd.as_raw_fd(), uid, gid) }) {
+        Err(error) if error.raw_os_error() == Some(libc::EPERM) => {
+            // SAFETY: as above.
+            check(unsafe { libc::fchown(fd.as_raw_fd(), SAME, gid) })
+        }
+        done => done,
+    }
 }
 
 /// flock(2) with LOCK_EX|LOCK_NB: `Ok(false)` if another open file description holds the lock.
@@ -337,6 +351,22 @@ fn ofd_set(fd: BorrowedFd<'_>, lock_type: c_int, byte: usize) -> io::Result<()> 
     .map(|_| ())
 }
 
+/// The mount that `path`, not followed if it is a symbolic link, is on: `mnt_id` of `/proc/self/fdinfo/FD`, which is the first
+/// field of its line in `/proc/self/mountinfo`. proc(5)
+///
+/// By a descriptor of O_PATH: "The file itself is not opened", open(2).
+pub fn mount_of(path: &CStr) -> io::Result<Option<u64>> {
+    let fd = retry_eintr(|| {
+        // SAFETY: `path` is NUL-terminated and outlives the call; without O_CREAT there is no third argument.
+        unsafe { libc::open(path.as_ptr(), libc::O_PATH | libc::O_NOFOLLOW | libc::O_CLOEXEC) }
+    })?;
+    // SAFETY: open(2) has just returned this descriptor, so it is open and nobody else's to close.
+    let fd = unsafe { OwnedFd::from_raw_fd(fd) };
+    let info = locks_of(fd.as_fd())?;
+    let id = info.lines().find_map(|line| line.strip_prefix("mnt_id:"));
+    Ok(id.and_then(|id| id.trim().parse().ok()))
+}
+
 /// What the kernel says of `fd`, the locks of its open file description included: `/proc/self/fdinfo/FD`, proc(5).
 pub fn locks_of(fd: BorrowedFd<'_>) -> io::Result<String> {
     std::fs::read_to_string(format!("/proc/self/fdinfo/{}", fd.as_raw_fd()))
@@ -410,15 +440,7 @@ fn reopen_link(link: &str, access_mode: c_int) -> io::Result<OwnedFd> {
     })?;
     // SAFETY: open(2) has just returned this descriptor, so it is open and nobody else's to close.
     let new = unsafe { OwnedFd::from_raw_fd(new) };
-    if new.as_raw_fd() >= 3 {
-        return Ok(new);
-    }
-    // SAFETY: `new` is open; F_DUPFD_CLOEXEC takes an int: "the lowest-numbered available file descriptor greater than
-    // or equal to arg". It shares the open file description, of which `new` is about to let go.
-    let high = unsafe { libc::fcntl(new.as_raw_fd(), libc::F_DUPFD_CLOEXEC, 3) };
-    check(high)?;
-    // SAFETY: fcntl(2) has just returned this descriptor.
-    Ok(unsafe { OwnedFd::from_raw_fd(high) })
+    above_standard(new)
 }
 
 /// `/proc/self/fd`, opened: what it lists is what is open when it is read. proc(5)
@@ -447,6 +469,15 @@ impl OpenDescriptors {
 /// Every open descriptor of this process, with what it is open on.
 pub fn open_descriptors() -> io::Result<Vec<(RawFd, FileId)>> {
     OpenDescriptors::new()?.list()
+}
+
+/// True if descriptor number `fd`, which was open on this file, is not any more: other code has closed it, and may have opened
+/// another file under that number. EBADF: nobody has. Any other error says nothing of that: false.
+pub fn is_lost(fd: &OwnedFd, id: FileId) -> bool {
+    match fstat(fd.as_fd()) {
+        Ok(attributes) => attributes.id != id,
+        Err(error) => error.raw_os_error() == Some(libc::EBADF),
+    }
 }
 
 /// True if descriptor number `fd` is open, on this file.
@@ -550,19 +581,32 @@ pub fn futex_wake(word: &AtomicU32, count: c_int) {
     unsafe { libc::syscall(libc::SYS_futex, word.as_ptr(), libc::FUTEX_WAKE, count) };
 }
 
+/// linux/memfd.h; the libc crate does not have it for Linux.
+const MFD_NOEXEC_SEAL: libc::c_uint = 8;
+
 const SEALS: c_int = libc::F_SEAL_SHRINK | libc::F_SEAL_GROW | libc::F_SEAL_SEAL;
 
 /// A new memory file of `size` zero bytes that nobody can resize: memfd_create(2), fallocate(2), and fcntl(2),
 /// F_ADD_SEALS. F_SEAL_SHRINK: "If this seal is set, the file in question cannot be reduced in size": so memory mapped
 /// from it cannot raise SIGBUS. Nor for want of memory (`vm.overcommit_memory` 2): "After a successful call, subsequent writes
 /// into the range specified by offset and size are guaranteed not to fail because of lack of disk space", fallocate(2).
+/// Its number is 3 or more.
+///
+/// It is not executable: with the sysctl vm.memfd_noexec at 2, "memfd_create() without MFD_NOEXEC_SEAL will be rejected", and
+/// at any value the kernel says so in its log (Documentation/userspace-api/mfd_noexec.rst). EINVAL: older than Linux 6.3,
+/// which does not know of it.
 pub fn sealed_memory(name: &str, size: usize) -> io::Result<OwnedFd> {
     let name = CString::new(name)?;
-    // SAFETY: `name` is NUL-terminated.
-    let fd = unsafe { libc::memfd_create(name.as_ptr(), libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING) };
+    // SAFETY: `name` is NUL-terminated; the flags are integers.
+    let create = |flags| unsafe { libc::memfd_create(name.as_ptr(), flags) };
+    let flags = libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING;
+    let mut fd = create(flags | MFD_NOEXEC_SEAL);
+    if fd == -1 && io::Error::last_os_error().raw_os_error() == Some(libc::EINVAL) {
+        fd = create(flags);
+    }
     check(fd)?;
     // SAFETY: memfd_create(2) has just returned this descriptor.
-    let fd = unsafe { OwnedFd::from_raw_fd(fd) };
+    let fd = above_standard(unsafe { OwnedFd::from_raw_fd(fd) })?;
     let size = libc::off_t::try_from(size).map_err(|_| io::Error::from(io::ErrorKind::InvalidInput))?;
     retry_eintr(|| {
         // SAFETY: `fd` is open; fallocate takes integers.

@@ -6,7 +6,7 @@
 //!
 //! ## Key operations
 //! A refusal leaves a note in the thread ([`refused`]), which the next xSleep of the thread takes ([`sleep`]): "this seat
-//! wants the gate". Without a fresh note the real VFS sleeps, in full: `sqlite3_sleep()` has nothing to do with us.
+//! wants the gate". Another connection that answers SQLITE_BUSY takes it away. Without a fresh note the real VFS sleeps, in full: `sqlite3_sleep()` has nothing to do with us.
 //!
 //! ## Invariants
 //! - A wait is never shorter than SQLite asked for, taken over all its sleeps, unless the gate was had: what was not slept
@@ -88,6 +88,15 @@ pub fn refused(seat: &Arc<ConnectionSeat>, want: Want, seen: u32, now: Micros) {
 /// The gate was acquired, in this thread, after waiting for it: the wait is over.
 pub fn over() {
     with_note(|note| *note = None);
+}
+
+/// A connection at `seat`, or at none, answers SQLITE_BUSY in this thread: a note of another connection's is not for the sleep
+/// that follows. (That one was tried with a timeout of 0, say.)
+pub fn not_for_another(seat: Option<&Arc<ConnectionSeat>>) {
+    with_note(|note| {
+        let is_own = |note: &mut Note| seat.is_some_and(|seat| note.seat.as_ptr() == Arc::as_ptr(seat));
+        drop(note.take_if(|note| !is_own(note)));
+    });
 }
 
 /// xSleep: sleeps for `requested`, or until it is this thread's connection's turn. `real` is the real VFS's.

@@ -7,6 +7,7 @@ mod support;
 
 use std::fs::{self, File, Permissions};
 use std::io::Read;
+use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
 use std::path::Path;
 use std::process::Command;
@@ -276,6 +277,207 @@ fn a_lock_file_replaced_by_a_symbolic_link_is_refused() {
     symlink(&elsewhere, db.lock_file()).unwrap();
     support::await_tick();
     assert_eq!(code(write(&connection)), ffi::SQLITE_CANTOPEN_SYMLINK);
+}
+
+/// The number under which this process has the file open.
+fn number_of(path: &Path) -> RawFd {
+    let links = fs::read_dir("/proc/self/fd").unwrap().map(|entry| entry.unwrap().path());
+    let mut links = links.filter(|link| fs::read_link(link).is_ok_and(|target| target == path));
+    let number = links.next().expect("it is open").file_name().unwrap().to_str().unwrap().parse().unwrap();
+    assert_eq!(links.next(), None, "once");
+    number
+}
+
+/// Some code closes a number twice, and the application then opens a file that gets it: `ours` is that file from now on.
+fn take_number(ours: RawFd, file: &File) {
+    // SAFETY: two numbers; this is the accident that is under test.
+    assert_eq!(unsafe { libc::dup2(file.as_raw_fd(), ours) }, ours);
+}
+
+fn is_open_on(number: RawFd, file: &File) -> bool {
+    fs::metadata(format!("/proc/self/fd/{number}"))
+        .is_ok_and(|there| there.ino() == file.metadata().unwrap().ino())
+}
+
+fn says_that_it_was_closed(db: &TestDb) -> usize {
+    let lines = log::lines_about(&db.lock_file());
+    lines.iter().filter(|(_, line)| line.contains("has closed the descriptor of")).count()
+}
+
+/// The number of the lock file's descriptor is another file's: that one is neither locked nor unlocked nor closed, here or in
+/// a forked child, and the lock file is locked as ever.
+#[test]
+fn a_descriptor_that_other_code_closed_is_the_applications() {
+    support::in_own_process("a_descriptor_that_other_code_closed_is_the_applications", || {
+        let db = database();
+        let connection = db.open("kanbanlock");
+        write(&connection).unwrap();
+        let number = number_of(&db.lock_file());
+        let other = File::create(db.dir().join("other")).unwrap();
+        let mut outsider = Agent::start();
+        outsider.ask(&Task::Flock(db.lock_file())).unwrap();
+        take_number(number, &other);
+        support::await_tick();
+        assert_eq!(code(write(&connection)), ffi::SQLITE_BUSY, "the outsider is respected");
+        outsider.ask(&Task::Unflock).unwrap();
+
+        connection.execute_batch("BEGIN IMMEDIATE").unwrap();
+        assert!(support::is_flocked(&db.lock_file()));
+        assert!(!support::is_flocked(&db.dir().join("other")));
+        connection.execute_batch("COMMIT").unwrap();
+        assert_eq!(says_that_it_was_closed(&db), 1);
+
+        // SAFETY: the child makes system calls only.
+        match unsafe { libc::fork() } {
+            0 => {
+                // SAFETY: as above.
+                let is_open = unsafe { libc::fcntl(number, libc::F_GETFD) } != -1;
+                // SAFETY: as above.
+                unsafe { libc::_exit(if is_open { 0 } else { 1 }) }
+            }
+            child => {
+                let mut status = -1;
+                // SAFETY: our child, and a place for its status.
+                assert_eq!(unsafe { libc::waitpid(child, &raw mut status, 0) }, child);
+                assert_eq!(status, 0, "the forked child has closed the application's descriptor");
+            }
+        }
+        connection.close().unwrap();
+        assert!(is_open_on(number, &other), "nor is it closed here");
+    });
+}
+
+/// The same within a transaction: our flock is gone with the descriptor, which is noticed at the release; the application's
+/// flock stays.
+#[test]
+fn a_descriptor_that_other_code_closed_under_a_transaction_is_not_unlocked() {
+    support::in_own_process(
+        "a_descriptor_that_other_code_closed_under_a_transaction_is_not_unlocked",
+        || {
+            let db = database();
+            let connection = db.open("kanbanlock");
+            connection.execute_batch("BEGIN IMMEDIATE").unwrap();
+            let number = number_of(&db.lock_file());
+            let other = File::create(db.dir().join("other")).unwrap();
+            other.lock().unwrap();
+            take_number(number, &other);
+            assert!(!support::is_flocked(&db.lock_file()), "what nobody can prevent");
+            support::await_tick();
+            connection.execute_batch("INSERT INTO task VALUES ('x'); COMMIT").unwrap();
+            assert!(support::is_flocked(&db.dir().join("other")), "the application's own flock");
+            assert_eq!(says_that_it_was_closed(&db), 1);
+            connection.execute_batch("BEGIN IMMEDIATE").unwrap();
+            assert!(support::is_flocked(&db.lock_file()), "again");
+            connection.execute_batch("COMMIT").unwrap();
+            connection.close().unwrap();
+            assert!(is_open_on(number, &other));
+        },
+    );
+}
+
+/// Nobody has taken the number: EBADF.
+#[test]
+fn a_descriptor_that_other_code_closed_is_opened_again() {
+    support::in_own_process("a_descriptor_that_other_code_closed_is_opened_again", || {
+        let db = database();
+        let connection = db.open("kanbanlock");
+        for begun in [false, true] {
+            write(&connection).unwrap();
+            if begun {
+                connection.execute_batch("BEGIN IMMEDIATE").unwrap();
+            }
+            // SAFETY: a number; this is the accident that is under test.
+            assert_eq!(unsafe { libc::close(number_of(&db.lock_file())) }, 0);
+            support::await_tick();
+            if begun {
+                connection.execute_batch("COMMIT").unwrap();
+            }
+            connection.execute_batch("BEGIN IMMEDIATE").unwrap();
+            assert!(support::is_flocked(&db.lock_file()));
+            connection.execute_batch("COMMIT").unwrap();
+            assert_eq!(says_that_it_was_closed(&db), if begun { 2 } else { 1 });
+        }
+    });
+}
+
+/// Where a standard descriptor is closed, the next file that is opened gets its number, and what somebody prints goes there.
+#[test]
+fn no_descriptor_of_ours_is_a_standard_one() {
+    support::in_own_process("no_descriptor_of_ours_is_a_standard_one", || {
+        let db = database();
+        let (a, b) = (db.open("kanbanlock"), db.open("kanbanlock"));
+        // SAFETY: standard input; nobody reads it.
+        assert_eq!(unsafe { libc::close(0) }, 0);
+        a.execute_batch("BEGIN IMMEDIATE").unwrap();
+        assert_eq!(code(b.execute_batch("BEGIN IMMEDIATE")), ffi::SQLITE_BUSY);
+        a.execute_batch("COMMIT").unwrap();
+        let (queue, lock) = (db.beside(".lock-queue"), db.lock_file());
+        let open: Vec<_> = fs::read_dir("/proc/self/fd")
+            .unwrap()
+            .filter_map(|entry| {
+                let link = entry.unwrap().path();
+                let number: RawFd = link.file_name()?.to_str()?.parse().ok()?;
+                Some((number, fs::read_link(&link).ok()?))
+            })
+            .filter(|(_, file)| {
+                *file == queue || *file == lock || file.starts_with("/memfd:kanbanlock-queue (deleted)")
+            })
+            .collect();
+        assert!(open.len() >= 5, "a's and b's lock file, the queue's three: {open:?}");
+        assert!(open.iter().all(|(number, _)| *number >= 3), "{open:?}");
+    });
+}
+
+/// A member of the database's group may not give the lock file to the database's owner, but to its group: a colleague can
+/// then lock it.
+#[test]
+fn a_members_lock_file_takes_the_databases_group() {
+    // SAFETY: no arguments, cannot fail.
+    let is_root = unsafe { libc::geteuid() } == 0;
+    if !is_root || !can_drop_privileges("a_members_lock_file_takes_the_databases_group") {
+        println!(
+            "SKIPPED a_members_lock_file_takes_the_databases_group: not root, so it may not choose groups"
+        );
+        return;
+    }
+    let db = database();
+    open_to_others(&db);
+    std::os::unix::fs::chown(db.path(), Some(1), Some(1234)).unwrap();
+    fs::set_permissions(db.path(), Permissions::from_mode(0o660)).unwrap();
+    let mut member = Agent::unprivileged_in(&["--groups=1234"]);
+    member.ask(&Task::Open(format!("file:{}?vfs=kanbanlock", db.path().display()))).unwrap();
+    member.execute("INSERT INTO task VALUES ('x')").unwrap();
+    let lock = fs::metadata(db.lock_file()).unwrap();
+    assert_eq!((lock.uid(), lock.gid(), lock.mode() & 0o777), (65534, 1234, 0o660));
+}
+
+/// Row L13: in a folder that cannot be written a read-only connection reads, and answers a checkpoint that restarts nothing
+/// as stock does. One that would needs the lock file.
+#[test]
+fn a_read_only_connection_needs_a_lock_file_to_restart_the_wal() {
+    if !can_drop_privileges("a_read_only_connection_needs_a_lock_file_to_restart_the_wal") {
+        return;
+    }
+    let db = database();
+    open_to_others(&db);
+    let writer = Connection::open_with_flags_and_vfs(db.path(), Default::default(), "unix").unwrap();
+    set_journal_mode(&writer, "wal");
+    write(&writer).unwrap();
+    writer.query_row("PRAGMA wal_checkpoint", [], |_| Ok(())).unwrap();
+    fs::set_permissions(db.dir(), Permissions::from_mode(0o555)).unwrap();
+    let open = |vfs: &str| {
+        let mut agent = Agent::unprivileged();
+        agent.ask(&Task::Open(format!("file:{}?mode=ro&vfs={vfs}", db.path().display()))).unwrap();
+        assert_eq!(agent.query("SELECT count(*) FROM task"), "1");
+        assert_eq!(agent.query("PRAGMA wal_checkpoint(PASSIVE)"), "0");
+        agent
+    };
+    let truncate = Task::Query("PRAGMA wal_checkpoint(TRUNCATE)".to_owned());
+    let refused = open("kanbanlock").ask(&truncate).unwrap_err();
+    assert_eq!(refused, (ffi::SQLITE_READONLY_DIRECTORY, "attempt to write a readonly database".to_owned()));
+    let unlocked = open("kanbanlock&kanbanlock_fallback=unlocked").ask(&truncate);
+    assert_eq!(unlocked, Ok("0".to_owned()));
+    assert_eq!(open("unix").ask(&truncate), Ok("0".to_owned()), "stock");
 }
 
 /// `kanbanlock_fallback=unlocked` is the only way out, and it says so.

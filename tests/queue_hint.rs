@@ -574,3 +574,31 @@ fn without_permission_there_is_polling() {
         mode(db.dir(), 0o755);
     }
 }
+
+/// With the sysctl vm.memfd_noexec at 2 a memory file that could be executed is not made at all; and no program is in it,
+/// whatever the mode of the database.
+#[test]
+fn the_memory_is_not_executable() {
+    kanbanlock::register().unwrap();
+    let db = database();
+    fs::set_permissions(db.path(), Permissions::from_mode(0o755)).unwrap();
+    fs::remove_file(db.lock_file()).unwrap(); // it takes the database's mode when it is made
+    let (a, b) = (support::open(db.path(), "kanbanlock"), support::open(db.path(), "kanbanlock"));
+    a.execute_batch("BEGIN IMMEDIATE").unwrap();
+    b.execute_batch("BEGIN IMMEDIATE").unwrap_err();
+    let text = fs::read_to_string(hint(&db)).unwrap();
+    let number: libc::c_int = text.split_whitespace().nth(5).unwrap().parse().unwrap();
+    let memory = fs::metadata(format!("/proc/self/fd/{number}")).unwrap();
+    assert_eq!(memory.permissions().mode() & 0o777, 0o644);
+    const NOEXEC_SEAL: libc::c_uint = 8;
+    // SAFETY: a NUL-terminated name.
+    let probe = unsafe { libc::memfd_create(c"probe".as_ptr(), NOEXEC_SEAL) };
+    if probe == -1 {
+        return; // before Linux 6.3
+    }
+    // SAFETY: just made.
+    unsafe { libc::close(probe) };
+    const SEAL_EXEC: libc::c_int = 0x20;
+    // SAFETY: the memory's number, open as long as a or b is.
+    assert_ne!(unsafe { libc::fcntl(number, libc::F_GET_SEALS) } & SEAL_EXEC, 0);
+}

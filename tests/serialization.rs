@@ -343,6 +343,66 @@ fn a_reader_recovers_the_wal_while_an_outsider_holds_the_flock() {
     assert_eq!(reader.execute("BEGIN IMMEDIATE").unwrap_err().0, ffi::SQLITE_BUSY);
 }
 
+/// Rows L13, S2: a connection opened read-only restarts and truncates the WAL, too, if it finds everything copied.
+#[test]
+fn a_checkpoint_of_a_read_only_connection_is_under_the_flock() {
+    for (mode, is_shimmed) in [("RESTART", true), ("TRUNCATE", true), ("TRUNCATE", false)] {
+        let probe = WriteProbe::new(true);
+        let stack = Stack::new(probe.clone());
+        let vfs = if is_shimmed { stack.kanbanlock } else { stack.real };
+        let db = TestDb::new();
+        let writer = db.open(vfs);
+        set_journal_mode(&writer, "wal");
+        writer.execute_batch(SCHEMA).unwrap();
+        writer.query_row("PRAGMA wal_checkpoint(PASSIVE)", [], |_| Ok(())).unwrap();
+        probe.naked.lock().unwrap().clear();
+        let before = probe.writes();
+
+        let reader = db.try_open_uri(&format!("vfs={vfs}&mode=ro")).unwrap();
+        let sql = format!("PRAGMA wal_checkpoint({mode})");
+        let busy: i64 = reader.query_row(&sql, [], |row| row.get(0)).unwrap();
+        assert_eq!(busy, 0, "{mode}");
+        // After a restart it is the next writer that writes over the WAL.
+        assert_eq!(probe.writes() > before, mode == "TRUNCATE", "{mode}");
+        assert_eq!(probe.naked().is_empty(), is_shimmed, "{mode}: {:?}", probe.naked());
+        if is_shimmed {
+            assert!(probe.is_free(&db), "{mode}: still held afterwards");
+        }
+    }
+}
+
+/// The backup that README has: the database first, then `-wal`, under the flock. Whoever restarted the WAL in between would
+/// take from it what the copy of the database does not have. Rows L13, S2.
+#[test]
+fn a_read_only_connection_does_not_empty_the_wal_while_an_outsider_copies() {
+    for (vfs, is_whole) in [("unix", false), ("kanbanlock", true)] {
+        let db = TestDb::new();
+        let mut writer = Agent::with_db(db.path(), vfs);
+        writer.query("PRAGMA journal_mode = WAL");
+        writer.execute(SCHEMA).unwrap();
+        let mut reader = Agent::start();
+        reader.ask(&Task::Open(format!("file:{}?vfs={vfs}&mode=ro", db.path().display()))).unwrap();
+        assert_eq!(reader.query("SELECT count(*) FROM task"), "200");
+
+        let mut outsider = Agent::start();
+        outsider.ask(&Task::Flock(db.lock_file())).unwrap();
+        let copy = TestDb::new();
+        std::fs::copy(db.path(), copy.path()).unwrap();
+        assert_eq!(writer.query("PRAGMA wal_checkpoint(PASSIVE)"), "0", "beside the copy, as ever");
+        for mode in ["FULL", "RESTART", "TRUNCATE"] {
+            let busy = reader.query(&format!("PRAGMA wal_checkpoint({mode})"));
+            assert_eq!(busy == "1", is_whole, "{vfs}, {mode}");
+        }
+        std::fs::copy(db.beside("-wal"), copy.beside("-wal")).unwrap();
+        outsider.ask(&Task::Unflock).unwrap();
+
+        let backup = copy.open("unix");
+        let count = backup.query_row("SELECT count(*) FROM task", [], |row| row.get::<_, i64>(0));
+        assert_eq!(count == Ok(200), is_whole, "{vfs}: {count:?}");
+        assert_eq!(reader.query("PRAGMA wal_checkpoint(TRUNCATE)"), "0", "{vfs}: nobody is in the way now");
+    }
+}
+
 #[test]
 fn a_backup_into_the_database_is_under_the_flock() {
     for journal_mode in ["delete", "wal"] {
@@ -420,7 +480,7 @@ fn two_connections_of_one_process_exclude_each_other() {
     }
 }
 
-/// §5 rule 5: no gate, and no lock file, for what cannot be written or has no file.
+/// §5 rule 5: no lock file for what cannot be written or has no file. (Row L13: but for a checkpoint.)
 #[test]
 fn what_cannot_be_written_has_no_lock_file() {
     kanbanlock::register().unwrap();

@@ -379,6 +379,39 @@ fn the_lock_file_cannot_be_locked() {
     );
 }
 
+/// `kanbanlock_fallback=unlocked` on a file system without flock: what was granted without one is not unlocked, and the log
+/// says once that there is none.
+#[test]
+fn without_flock_there_is_nothing_to_unlock() {
+    const TEST: &str = "without_flock_there_is_nothing_to_unlock";
+    in_own_process(TEST, || {
+        log::install();
+        syscalls::install();
+        kanbanlock::register().unwrap();
+        let db = TestDb::new();
+        let connection = db.try_open_uri("vfs=kanbanlock&kanbanlock_fallback=unlocked").unwrap();
+        let fault = Fault {
+            call: Call::Flock,
+            effect: Effect::Error(libc::ENOSYS),
+            lasts: Lasts::ForGood,
+            nth: 1,
+            aim: ANY,
+        };
+        syscalls::arm(fault);
+        connection.execute_batch("CREATE TABLE t (x); INSERT INTO t VALUES (1)").unwrap();
+        assert!(syscalls::has_struck("flock lock"));
+        assert!(!syscalls::has_struck("flock unlock"), "there was no flock");
+        syscalls::disarm();
+        let lines = log::lines_about(&db.lock_file());
+        assert_eq!(lines.len(), 1, "{lines:?}");
+        assert!(lines[0].1.contains("Writing WITHOUT the lock"), "{lines:?}");
+        connection.execute_batch("BEGIN IMMEDIATE").unwrap();
+        assert!(support::is_flocked(&db.lock_file()), "now there is one");
+        connection.execute_batch("COMMIT").unwrap();
+        assert!(!support::is_flocked(&db.lock_file()));
+    });
+}
+
 /// Close-proof locks: no canonical description, and the inode stays on POSIX locks. A lock call that cannot even tell
 /// which file it is for fails.
 #[test]

@@ -714,3 +714,37 @@ fn a_fork_while_waiting_keeps_nobody_waiting() {
     let child = rustix::process::Pid::from_raw(child.parse().unwrap()).unwrap();
     rustix::process::kill_process(child, Signal::KILL).unwrap();
 }
+
+/// A refusal leaves a note for the sleep that follows in that thread. If another connection is the one that sleeps, it is
+/// not for that.
+#[test]
+fn a_connection_does_not_sleep_for_another() {
+    eventually(|| {
+        let (a_db, b_db) = (database("delete"), database("delete"));
+        let mut outsider = Agent::start();
+        outsider.ask(&Task::Flock(a_db.lock_file())).unwrap();
+        let (first, second) = (a_db.open(SHIM), a_db.open(SHIM));
+        let mut peer = Agent::stock_with_db(b_db.path());
+        peer.execute("BEGIN IMMEDIATE").unwrap();
+        let b = b_db.open(SHIM);
+        let refused = |connection: &Connection| {
+            assert_eq!(support::code(connection.execute_batch("BEGIN IMMEDIATE")), ffi::SQLITE_BUSY);
+        };
+        refused(&b); // it is acquainted with everything it needs
+        // How long an xSleep of one microsecond takes: a wait for the gate takes some of the later sleeps in advance.
+        let sleep = || {
+            let shim = support::raw_file::vfs(SHIM);
+            let x_sleep = support::raw_file::vfs_methods(SHIM).xSleep.unwrap();
+            let start = Instant::now();
+            // SAFETY: the VFS's own method, as SQLite calls it.
+            unsafe { x_sleep(shim, 1) };
+            start.elapsed()
+        };
+        refused(&first);
+        let of_a = sleep();
+        refused(&second);
+        refused(&b);
+        let of_b = sleep();
+        require(of_b * 4 < of_a, || format!("b slept {of_b:?} for a, which sleeps {of_a:?}"))
+    });
+}

@@ -493,6 +493,8 @@ impl Gate for FakeGate {
 
     fn shared_refused(&self) {}
 
+    fn answers_busy(&self) {}
+
     fn exclusive_begin(&self) {}
 
     fn exclusive_end(&self, _: bool) {}
@@ -549,7 +551,7 @@ impl Simulation {
             sabotage,
         }));
         let gate = |who| FakeGate { fake: Fake { world: Rc::clone(&world), who }, is_held: Cell::new(false) };
-        let drivers = (0..CONNECTIONS).map(|who| Driver::new(script.policy, Some(gate(who)))).collect();
+        let drivers = (0..CONNECTIONS).map(|who| Driver::new(script.policy, gate(who))).collect();
         Simulation { world, drivers, policy: script.policy, sights: Sights::new() }
     }
 
@@ -641,7 +643,7 @@ impl Simulation {
     fn drive(&self, who: usize, call: Call, weather: Weather) -> c_int {
         let driver = &self.drivers[who];
         let real = Fake { world: Rc::clone(&self.world), who };
-        let gate = driver.gate().expect("each has one");
+        let gate = driver.gate();
         let (sabotage, account) = {
             let world = self.world.borrow();
             (world.sabotage, world.accounts[who])
@@ -889,7 +891,7 @@ impl Simulation {
         let account = world.accounts[who];
         let state = self.drivers[who].state();
         let is_held = world.gate == Some(Holder::Connection(who));
-        let says = self.drivers[who].gate().is_some_and(Gate::is_held);
+        let says = self.drivers[who].gate().is_held();
         check(
             state.wants_gate() == account.has_reason(),
             "the state and the account differ about the reasons",

@@ -5,7 +5,7 @@
 //! [`File`], a plain account of one file that is kept by replaying the history of calls: 8 slots and how each
 //! was won, a level, whether the gate is held. Nothing of it is computed as `state.rs` computes it.
 //!
-//! From a new file, for both checkpoint policies, every state is visited that calls of SQLite's can lead to
+//! From a new file, for both checkpoint policies and opened read-only, every state is visited that calls of SQLite's can lead to
 //! ([`leads_on`]), poisoned or not. In each, **every** call is made: xLock and xUnlock of all 5 levels,
 //! LockShared of each slot, LockExclusive and Unlock of each range of slots, xShmUnmap; and each is answered in
 //! **every** way: OK, BUSY, an error; `-shm` there or not; `SQLITE_FCNTL_LOCKSTATE` unknown or any level; the
@@ -58,6 +58,7 @@ enum Slot {
 struct File {
     /// `kanbanlock_checkpoint=gate`
     gates_checkpoints: bool,
+    read_only: bool,
     level: u8,
     slots: [Slot; 8],
     /// Is the gate held?
@@ -73,6 +74,7 @@ impl File {
     fn new(policy: CheckpointPolicy) -> File {
         File {
             gates_checkpoints: policy == CheckpointPolicy::Gate,
+            read_only: false,
             level: NONE,
             slots: [Slot::Free; 8],
             held: false,
@@ -84,7 +86,7 @@ impl File {
 
     /// The reasons to hold the gate: DESIGN §5, "Gate held ⇔ the set of reasons is non-empty".
     fn has_reason(&self) -> bool {
-        let has_level = self.level >= RESERVED && !self.lent;
+        let has_level = self.level >= RESERVED && !self.lent && !self.read_only;
         has_level || self.slots.contains(&Slot::Gated)
     }
 
@@ -244,35 +246,35 @@ struct Rule {
 }
 
 #[rustfmt::skip]
-const TABLE: [Rule; 33] = [
+const TABLE: [Rule; 34] = [
     Rule { id: "L1",  before: |f| f.level == NONE,
            call: |_, c| c == Lock(SHARED), first: First::Nothing,
            answer: any, after: |f, _, a| if a.is_ok() { f.with_level(SHARED) } else { f }, gate: Gate::Same },
-    Rule { id: "L2",  before: |f| is_sane(f) && f.level == SHARED && !reads_wal(f),
+    Rule { id: "L2",  before: |f| is_writable(f) && f.level == SHARED && !reads_wal(f),
            call: |_, c| c == Lock(RESERVED), first: First::TryGate,
            answer: ok, after: |f, _, _| f.with_level(RESERVED), gate: Gate::Held },
-    Rule { id: "L2w", before: |f| is_sane(f) && f.level == SHARED && reads_wal(f),
+    Rule { id: "L2w", before: |f| is_writable(f) && f.level == SHARED && reads_wal(f),
            call: |_, c| c == Lock(RESERVED), first: First::Nothing,
            answer: ok, after: |f, _, _| File { lent: true, ..f.with_level(RESERVED) }, gate: Gate::Same },
-    Rule { id: "L2w", before: |f| is_sane(f) && f.level == SHARED && reads_wal(f),
+    Rule { id: "L2w", before: |f| is_writable(f) && f.level == SHARED && reads_wal(f),
            call: |_, c| c == Lock(RESERVED), first: First::Nothing,
            answer: not_ok, after: same, gate: Gate::Same },
-    Rule { id: "L3",  before: |f| is_sane(f) && f.level == SHARED && !reads_wal(f),
+    Rule { id: "L3",  before: |f| is_writable(f) && f.level == SHARED && !reads_wal(f),
            call: |_, c| c == Lock(RESERVED), first: First::TryGate,
            answer: not_ok, after: same, gate: Gate::UnlessReason },
-    Rule { id: "L4",  before: |f| is_sane(f) && f.level == SHARED,
+    Rule { id: "L4",  before: |f| is_writable(f) && f.level == SHARED,
            call: |_, c| c == Lock(EXCLUSIVE), first: First::TryGate,
            answer: ok, after: |f, _, _| f.with_level(EXCLUSIVE), gate: Gate::Held },
-    Rule { id: "L5",  before: |f| is_sane(f) && f.level == SHARED,
+    Rule { id: "L5",  before: |f| is_writable(f) && f.level == SHARED,
            call: |_, c| c == Lock(EXCLUSIVE), first: First::TryGate,
            answer: not_ok, after: same, gate: Gate::UnlessReason },
-    Rule { id: "L6",  before: |f| is_sane(f) && is_between(f),
+    Rule { id: "L6",  before: |f| is_writable(f) && is_between(f),
            call: |_, c| c == Lock(EXCLUSIVE), first: First::TryGate,
            answer: ok, after: |f, _, _| File { lent: false, ..f.with_level(EXCLUSIVE) }, gate: Gate::Held },
-    Rule { id: "L7",  before: |f| is_sane(f) && is_between(f),
+    Rule { id: "L7",  before: |f| is_writable(f) && is_between(f),
            call: |_, c| c == Lock(EXCLUSIVE), first: First::TryGate,
            answer: |a| not_ok(a) && !busy_with_shm(a), after: |f, _, _| File { lent: false, ..f }, gate: Gate::Held },
-    Rule { id: "L7w", before: |f| is_sane(f) && is_between(f),
+    Rule { id: "L7w", before: |f| is_writable(f) && is_between(f),
            call: |_, c| c == Lock(EXCLUSIVE), first: First::TryGate,
            answer: busy_with_shm, after: |f, _, _| File { lent: true, ..f }, gate: Gate::UnlessReason },
     Rule { id: "L8",  before: always,
@@ -287,6 +289,9 @@ const TABLE: [Rule; 33] = [
     Rule { id: "L11", before: always,
            call: |_, c| matches!(c, Unlock(NONE | SHARED)), first: First::Nothing,
            answer: not_ok, after: |f, _, a| as_lock_state_says(f, a), gate: Gate::UnlessReason },
+    Rule { id: "L13", before: |f| f.read_only,
+           call: is_upgrade, first: First::Nothing,
+           answer: any, after: |f, c, a| if a.is_ok() { f.with_level(locked(c)) } else { f }, gate: Gate::Same },
     Rule { id: "S1",  before: always,
            call: |_, c| matches!(c, ShmLockShared(_)), first: First::Nothing,
            answer: any, after: shared, gate: Gate::UnlessReason },
@@ -355,6 +360,11 @@ fn always(_: &File) -> bool {
 /// Row P1 comes first.
 fn is_sane(file: &File) -> bool {
     !file.poisoned
+}
+
+/// Rows L2 to L7w are not about a file that was opened read-only.
+fn is_writable(file: &File) -> bool {
+    is_sane(file) && !file.read_only
 }
 
 /// K1: "a slot held: try"
@@ -437,14 +447,23 @@ fn ends_reset(file: &File, call: Call) -> bool {
     file.guarded && matches!(call, ShmUnlock(slots) if slots & READS_1_TO_4 == READS_1_TO_4)
 }
 
-/// "an upgrade that needs the gate", of either family of locks
-fn needs_gate(file: &File, call: Call) -> bool {
-    let is_upgrade = match call {
+/// "SHARED, RESERVED, PENDING", "xLock RESERVED, EXCLUSIVE"
+fn is_upgrade(file: &File, call: Call) -> bool {
+    match call {
         Lock(RESERVED) => file.level == SHARED,
         Lock(EXCLUSIVE) => matches!(file.level, SHARED | RESERVED | PENDING),
         _ => false,
-    };
-    is_upgrade || is_write(file, call) || is_gated_checkpoint(file, call)
+    }
+}
+
+/// The level asked for.
+fn locked(call: Call) -> u8 {
+    if let Lock(to) = call { to } else { panic!("{call:?} is no xLock") }
+}
+
+/// "an upgrade that needs the gate", of either family of locks
+fn needs_gate(file: &File, call: Call) -> bool {
+    (is_upgrade(file, call) && !file.read_only) || is_write(file, call) || is_gated_checkpoint(file, call)
 }
 
 /// xLock that skips a level, or names PENDING
@@ -521,11 +540,25 @@ impl fmt::Display for Mismatch {
     }
 }
 
+/// How the file was opened.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kind {
+    Writable(CheckpointPolicy),
+    ReadOnly,
+}
+
+const GATED: Kind = Kind::Writable(CheckpointPolicy::Gate);
+
 /// Visits every state, makes every call with every answer.
-fn compare(table: &[Rule], policy: CheckpointPolicy) -> Result<Tally, Mismatch> {
+fn compare(table: &[Rule], kind: Kind) -> Result<Tally, Mismatch> {
     let mut tally = Tally::default();
     let mut pairs = Pairs::default();
-    let start = (State::new(policy), File::new(policy));
+    let start = match kind {
+        Kind::Writable(policy) => (State::new(policy), File::new(policy)),
+        Kind::ReadOnly => {
+            (State::new_read_only(), File { read_only: true, ..File::new(CheckpointPolicy::Free) })
+        }
+    };
     pairs.insert(start).expect("the first pair");
     let mut visited = HashSet::from([start.0]);
     let mut queue = VecDeque::from([start]);
@@ -712,14 +745,19 @@ fn request(call: Call) -> ShmRequest {
 
 #[test]
 fn the_machine_follows_the_table_with_free_checkpoints() {
-    let tally = met_rows(CheckpointPolicy::Free);
-    assert_eq!(tally.rows.get("K1").or(tally.rows.get("K2")), None, "K1, K2 are the other policy's");
+    meets_all_rows_but(&["K1", "K2", "L13"], Kind::Writable(CheckpointPolicy::Free));
 }
 
 #[test]
 fn the_machine_follows_the_table_with_gated_checkpoints() {
-    let tally = met_rows(CheckpointPolicy::Gate);
-    assert!(tally.rows.contains_key("K1") && tally.rows.contains_key("K2"), "{tally:?}");
+    meets_all_rows_but(&["L13"], GATED);
+}
+
+/// Row L13, and WRITE with CKPT held takes the gate as ever: row S2.
+#[test]
+fn the_machine_follows_the_table_for_a_file_opened_read_only() {
+    let upgrades = ["L2", "L2w", "L3", "L4", "L5", "L6", "L7", "L7w"];
+    meets_all_rows_but(&[&upgrades[..], &["K1", "K2"]].concat(), Kind::ReadOnly);
 }
 
 /// Row K3: `auto` is one of the two others, from one checkpoint to the next. Which one is the driver's to say.
@@ -739,25 +777,21 @@ fn auto_gates_a_checkpoint_or_does_not() {
     assert_eq!((free.wants_gate(), row), (false, Row::S5), "K3, refused: as S5");
 }
 
-/// Compares, and checks that every row is met but K1 and K2, which the caller knows about.
-fn met_rows(policy: CheckpointPolicy) -> Tally {
-    let tally = compare(&TABLE, policy).unwrap_or_else(|mismatch| panic!("{mismatch}"));
-    println!("{policy:?}: {} states, {} transitions, {:?}", tally.states, tally.transitions, tally.rows);
+/// Compares, and checks that every row is met but these.
+fn meets_all_rows_but(others: &[&str], kind: Kind) {
+    let tally = compare(&TABLE, kind).unwrap_or_else(|mismatch| panic!("{mismatch}"));
+    println!("{kind:?}: {} states, {} transitions, {:?}", tally.states, tally.transitions, tally.rows);
     for rule in TABLE {
-        assert!(
-            tally.rows.contains_key(rule.id) || matches!(rule.id, "K1" | "K2"),
-            "row {} is never met",
-            rule.id
-        );
+        let is_met = tally.rows.contains_key(rule.id);
+        assert_ne!(is_met, others.contains(&rule.id), "{kind:?}: row {}", rule.id);
     }
-    tally
 }
 
 /// Each is the table with one plausible mistake, and must be found out at the row that has it.
 #[test]
 fn wrong_tables_are_found_out() {
     type Change = fn(Rule) -> Rule;
-    let wrong: [(&str, &str, Change); 16] = [
+    let wrong: [(&str, &str, Change); 17] = [
         ("a refused upgrade keeps the gate", "L3", |rule| Rule { gate: Gate::Held, ..rule }),
         ("RESERVED without the gate", "L2", |rule| Rule { first: First::Nothing, ..rule }),
         ("a refused EXCLUSIVE keeps the gate", "L5", |rule| Rule { gate: Gate::Held, ..rule }),
@@ -776,6 +810,7 @@ fn wrong_tables_are_found_out() {
             ..rule
         }),
         ("a failed unlock counts as one", "L11", |rule| Rule { after: |f, _, _| f.with_level(NONE), ..rule }),
+        ("a file opened read-only takes the gate", "L13", |rule| Rule { first: First::TryGate, ..rule }),
         ("recovery's WRITE takes the gate", "S5", |rule| Rule {
             after: |f, c, a| if a.is_ok() { f.with_exclusive(slots(c), slots(c) & WRITE) } else { f },
             gate: Gate::UnlessReason,
@@ -798,7 +833,8 @@ fn wrong_tables_are_found_out() {
     for (name, id, change) in wrong {
         let table: Vec<Rule> =
             TABLE.into_iter().map(|rule| if rule.id == id { change(rule) } else { rule }).collect();
-        let mismatch = compare(&table, CheckpointPolicy::Gate).expect_err(name);
+        let kind = if id == "L13" { Kind::ReadOnly } else { GATED };
+        let mismatch = compare(&table, kind).expect_err(name);
         assert_eq!(mismatch.rows, [id], "{name}: found, but elsewhere: {mismatch}");
     }
 }
@@ -809,11 +845,12 @@ fn every_rule_is_needed() {
     for index in 0..TABLE.len() {
         let mut fewer = TABLE.to_vec();
         let rule = fewer.remove(index);
-        let mismatch = compare(&fewer, CheckpointPolicy::Gate).expect_err(rule.id);
+        let kind = if rule.id == "L13" { Kind::ReadOnly } else { GATED };
+        let mismatch = compare(&fewer, kind).expect_err(rule.id);
         assert_eq!(mismatch.rows, [""; 0], "without {}: {mismatch}", rule.id);
         let mut more = TABLE.to_vec();
         more.push(rule);
-        let mismatch = compare(&more, CheckpointPolicy::Gate).expect_err(rule.id);
+        let mismatch = compare(&more, kind).expect_err(rule.id);
         assert_eq!(mismatch.rows, [rule.id; 2], "{mismatch}");
     }
 }

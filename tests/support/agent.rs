@@ -160,6 +160,11 @@ impl Agent {
 
     /// An agent that is not root (uid 65534, if this process is root).
     pub fn unprivileged() -> Agent {
+        Agent::unprivileged_in(&["--clear-groups"])
+    }
+
+    /// The same; `groups`: what setpriv(1) is told of its groups.
+    pub fn unprivileged_in(groups: &[&str]) -> Agent {
         // SAFETY: no arguments, cannot fail.
         if unsafe { libc::geteuid() } != 0 {
             return Agent::start();
@@ -169,7 +174,7 @@ impl Agent {
         std::fs::copy(std::env::current_exe().unwrap(), &copy).unwrap();
         std::fs::set_permissions(&copy, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
         let mut command = Command::new("setpriv");
-        command.args(["--reuid=65534", "--regid=65534", "--clear-groups"]).arg(&copy);
+        command.args(["--reuid=65534", "--regid=65534"]).args(groups).arg(&copy);
         let mut agent = Agent::run(command);
         agent.log(); // it has started, so its file can go
         std::fs::remove_file(copy).unwrap();

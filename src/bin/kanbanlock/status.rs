@@ -166,7 +166,7 @@ fn gather(db: &Path) -> Result<Report, Failure> {
         Queue::Unseen(reason) => (Some(reason), None),
         _ => (None, None),
     };
-    // A file system whose device numbers are not in /proc/locks (btrfs): then what fdinfo showed.
+    // Not in /proc/locks under a device that is known here (another mount namespace): then what fdinfo showed.
     let holding = || scan.processes.iter().filter(|process| process.holds_gate()).map(|process| process.pid);
     let holder = seen.holder.map(|holder| holder.pid).or_else(|| holding().next());
     let gate = Gate {
