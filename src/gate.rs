@@ -496,13 +496,11 @@ impl LockFile {
         if self.is_inherited() {
             return; // LOCK_UN would unlock the parent's description
         }
-        let mut descriptor = self.descriptor.borrow_mut();
-        let Some(open) = descriptor.as_ref() else {
-            return;
-        };
         if self.is_unlocked.replace(false) {
             return; // there is nothing to unlock
         }
+        let mut descriptor = self.descriptor.borrow_mut();
+        let Some(open) = descriptor.as_ref() else { return };
         let seat = self.seat.borrow();
         if let Some(seat) = &*seat {
             seat.releases_now();

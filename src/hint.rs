@@ -69,6 +69,8 @@ pub struct Hint {
     probe: Option<OwnedFd>,
     /// The hint file, and what it said when we found the board.
     file: Option<File>,
+    /// What the hint file, the probe and the memory were open on: other code may close their numbers (`gate.rs`).
+    ids: [FileId; 3],
     text: String,
     /// The `fork::generation` that this belongs to.
     generation: u32,
@@ -414,12 +416,13 @@ impl Hint {
         if sys::fstat(probe.as_fd())?.id != lock_file {
             return because("the lock file was replaced");
         }
+        let ids = [sys::fstat(file.as_fd())?.id, lock_file, sys::fstat(memory.as_fd())?.id];
         let board = sys::map_shared(memory.as_fd(), SIZE, libc::O_RDWR)?.cast();
         for fd in [memory.as_raw_fd(), probe.as_raw_fd(), file.as_raw_fd()] {
             fork::close_in_child(fd);
         }
         let (memory, probe, file) = (Some(memory), Some(probe), Some(file));
-        Ok(Hint { board, lock_file, memory, probe, file, text, generation: fork::generation() })
+        Ok(Hint { board, lock_file, memory, probe, file, ids, text, generation: fork::generation() })
     }
 
     /// True in the child of a fork, for what the parent opened.
@@ -431,13 +434,20 @@ impl Hint {
     pub fn is_current(&self) -> bool {
         let Some(file) = self.file.as_ref().filter(|_| !self.is_inherited()) else { return false };
         let mut text = [0; LONGEST];
-        let is_linked = sys::fstat(file.as_fd()).is_ok_and(|attributes| attributes.links > 0);
+        if self.probe.as_ref().is_some_and(|probe| sys::is_lost(probe, self.lock_file)) {
+            return false;
+        }
+        let is_linked = sys::fstat(file.as_fd())
+            .is_ok_and(|attributes| attributes.links > 0 && attributes.id == self.ids[0]);
         is_linked && file.read_at(&mut text, 0).is_ok_and(|length| text[..length] == *self.text.as_bytes())
     }
 
     /// True if nobody holds the flock of the lock file: takes it, and gives it back.
     pub fn is_free(&self) -> bool {
         let Some(probe) = self.probe.as_ref().filter(|_| !self.is_inherited()) else { return false };
+        if sys::is_lost(probe, self.lock_file) {
+            return false;
+        }
         let is_free = sys::flock_exclusive_nb(probe.as_fd()).unwrap_or(false);
         if is_free {
             let _ = sys::flock_unlock(probe.as_fd());
@@ -451,12 +461,14 @@ impl Drop for Hint {
         let is_inherited = self.is_inherited();
         // The hint file first, and with it the lock that says that the memory is there.
         let files = [self.file.take().map(OwnedFd::from), self.probe.take(), self.memory.take()];
-        for fd in files.into_iter().flatten() {
-            if is_inherited {
-                // The child's atfork handler has closed it; the number may be anything by now.
-                std::mem::forget(fd);
-            } else {
+        for (fd, id) in files.into_iter().zip(self.ids) {
+            let Some(fd) = fd else { continue };
+            if !is_inherited {
                 fork::forget(fd.as_raw_fd());
+            }
+            // The child's atfork handler has closed it, or other code has: the number may be anything by now.
+            if is_inherited || sys::is_lost(&fd, id) {
+                std::mem::forget(fd);
             }
         }
         // SAFETY: what map_shared gave for SIZE bytes; a seat that used it held the Hint, so there is none any more.

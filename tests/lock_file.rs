@@ -299,6 +299,19 @@ fn is_open_on(number: RawFd, file: &File) -> bool {
         .is_ok_and(|there| there.ino() == file.metadata().unwrap().ino())
 }
 
+/// kanbanlock's descriptors in this process: numbers and files.
+fn our_descriptors(db: &TestDb) -> Vec<(RawFd, std::path::PathBuf)> {
+    let (queue, lock) = (db.beside(".lock-queue"), db.lock_file());
+    let all = fs::read_dir("/proc/self/fd").unwrap().filter_map(|entry| {
+        let link = entry.unwrap().path();
+        Some((link.file_name()?.to_str()?.parse().ok()?, fs::read_link(&link).ok()?))
+    });
+    let is_ours = |file: &Path| {
+        file == queue || file == lock || file.to_str().unwrap().starts_with("/memfd:kanbanlock-queue")
+    };
+    all.filter(|(_, file)| is_ours(file)).collect()
+}
+
 fn says_that_it_was_closed(db: &TestDb) -> usize {
     let lines = log::lines_about(&db.lock_file());
     lines.iter().filter(|(_, line)| line.contains("has closed the descriptor of")).count()
@@ -375,6 +388,34 @@ fn a_descriptor_that_other_code_closed_under_a_transaction_is_not_unlocked() {
     );
 }
 
+/// The same for the descriptors of the queue: its memory, its hint file, and the one that tries the flock.
+#[test]
+fn the_queues_descriptors_that_other_code_closed_are_the_applications() {
+    support::in_own_process("the_queues_descriptors_that_other_code_closed_are_the_applications", || {
+        let db = database();
+        let (a, b) = (db.open("kanbanlock"), db.open("kanbanlock"));
+        a.execute_batch("BEGIN IMMEDIATE").unwrap();
+        assert_eq!(code(b.execute_batch("BEGIN IMMEDIATE")), ffi::SQLITE_BUSY);
+        a.execute_batch("COMMIT").unwrap();
+        let open = our_descriptors(&db);
+        let locks = open.iter().filter(|(_, file)| *file == db.lock_file()).map(|(number, _)| *number);
+        assert_eq!((locks.clone().count(), open.len()), (3, 5), "a's, b's, the queue's: {open:?}");
+        // The queue's was opened last.
+        let rest = open.iter().filter(|(_, file)| *file != db.lock_file()).map(|(number, _)| *number);
+        let lost: Vec<_> = rest.chain(locks.max()).collect();
+        let other = File::create(db.dir().join("other")).unwrap();
+        lost.iter().for_each(|number| take_number(*number, &other));
+        support::await_tick();
+        write(&a).unwrap();
+        a.execute_batch("BEGIN IMMEDIATE").unwrap();
+        assert_eq!(code(b.execute_batch("BEGIN IMMEDIATE")), ffi::SQLITE_BUSY);
+        a.execute_batch("COMMIT").unwrap();
+        write(&b).unwrap();
+        (a.close().unwrap(), b.close().unwrap());
+        assert!(lost.iter().all(|number| is_open_on(*number, &other)), "{lost:?}");
+    });
+}
+
 /// Nobody has taken the number: EBADF.
 #[test]
 fn a_descriptor_that_other_code_closed_is_opened_again() {
@@ -411,18 +452,7 @@ fn no_descriptor_of_ours_is_a_standard_one() {
         a.execute_batch("BEGIN IMMEDIATE").unwrap();
         assert_eq!(code(b.execute_batch("BEGIN IMMEDIATE")), ffi::SQLITE_BUSY);
         a.execute_batch("COMMIT").unwrap();
-        let (queue, lock) = (db.beside(".lock-queue"), db.lock_file());
-        let open: Vec<_> = fs::read_dir("/proc/self/fd")
-            .unwrap()
-            .filter_map(|entry| {
-                let link = entry.unwrap().path();
-                let number: RawFd = link.file_name()?.to_str()?.parse().ok()?;
-                Some((number, fs::read_link(&link).ok()?))
-            })
-            .filter(|(_, file)| {
-                *file == queue || *file == lock || file.starts_with("/memfd:kanbanlock-queue (deleted)")
-            })
-            .collect();
+        let open = our_descriptors(&db);
         assert!(open.len() >= 5, "a's and b's lock file, the queue's three: {open:?}");
         assert!(open.iter().all(|(number, _)| *number >= 3), "{open:?}");
     });
@@ -494,6 +524,12 @@ fn fallback_unlocked_writes_and_logs_once() {
     let warnings: Vec<_> =
         lines.iter().filter(|(_, line)| line.contains("Writing WITHOUT the lock")).collect();
     assert_eq!(warnings.len(), 1, "{lines:?}");
+
+    fs::remove_dir(db.lock_file()).unwrap();
+    connection.execute_batch("BEGIN IMMEDIATE").unwrap();
+    assert!(support::is_flocked(&db.lock_file()), "the cause is gone");
+    connection.execute_batch("COMMIT").unwrap();
+    assert!(!support::is_flocked(&db.lock_file()));
 }
 
 /// … but another holder is not a broken lock file.
