@@ -24,7 +24,7 @@ use std::ffi::c_int;
 
 use crate::error::rc;
 use crate::gate::Gate;
-use crate::lock::{LockLevel, RealLocks, ShmRequest, ShmSlots, Surroundings};
+use crate::lock::{Environment, LockLevel, Purpose, RealLocks, ShmRequest, ShmSlots};
 use crate::state::{Ask, CheckpointPolicy, Reply, Row, State};
 use crate::stats;
 
@@ -76,19 +76,19 @@ impl<G: Gate> Driver<G> {
 
     /// `xLock`: rows L1–L8, L12, L13, M1.
     #[inline]
-    pub fn x_lock(&self, real: &impl RealLocks, level: c_int, around: &impl Surroundings) -> c_int {
+    pub fn x_lock(&self, real: &impl RealLocks, level: c_int, environment: &impl Environment) -> c_int {
         let Some(to) = LockLevel::from_raw(level) else {
             return real.x_lock(level); // X1
         };
-        if let Err(code) = self.admit(real, around, self.state.get().ask_lock(to), to == LockLevel::Exclusive)
-        {
+        let purpose = if to == LockLevel::Exclusive { Purpose::Exclusive } else { Purpose::Write };
+        if let Err(code) = self.admit(real, environment, self.state.get().ask_lock(to), purpose) {
             return code;
         }
         let before = self.state.get().level();
         if to == LockLevel::Exclusive {
             self.gate.exclusive_begin();
         }
-        let is_shared = self.state.get().raises_to_exclusive(to) && around.others_use_shm();
+        let is_shared = self.state.get().raises_to_exclusive(to) && environment.others_use_shm();
         let code = if is_shared { rc::BUSY } else { real.x_lock(level) }; // L12
         let is_refused = rc::primary(code) == rc::BUSY;
         match to {
@@ -99,7 +99,7 @@ impl<G: Gate> Driver<G> {
         if is_refused {
             self.gate.answers_busy();
         }
-        let (after, _) = self.state.get().lock_done(to, reply(code), || around.shm_exists());
+        let (after, _) = self.state.get().lock_done(to, reply(code), || environment.shm_exists());
         self.settle(after);
         code
     }
@@ -129,23 +129,19 @@ impl<G: Gate> Driver<G> {
         offset: c_int,
         count: c_int,
         flags: c_int,
-        around: &impl Surroundings,
+        environment: &impl Environment,
     ) -> c_int {
         let Some(request) = ShmRequest::from_raw(offset, count, flags) else {
             return real.x_shm_lock(offset, count, flags); // X1
         };
         if request == ShmRequest::LockExclusive(ShmSlots::CKPT) && self.policy == CheckpointPolicy::Auto {
-            self.set_policy(if around.wal_size() > LONG_WAL {
-                CheckpointPolicy::Gate
-            } else {
-                CheckpointPolicy::Free
-            });
+            self.gate_checkpoints(environment.wal_size() > LONG_WAL);
         }
         let ask = self.state.get().ask_shm(request);
-        match self.admit(real, around, ask, false) {
+        match self.admit(real, environment, ask, Purpose::Write) {
             // K3: it has waited long enough. Without the gate it cannot finish while others write, but it is correct.
             Err(rc::BUSY) if ask == Ask::AwaitGate && self.policy == CheckpointPolicy::Auto => {
-                self.set_policy(CheckpointPolicy::Free);
+                self.gate_checkpoints(false);
             }
             Err(code) => return code,
             Ok(()) => {}
@@ -154,7 +150,7 @@ impl<G: Gate> Driver<G> {
         let before = self.state.get();
         let (after, row) = before.shm_done(request, reply(code));
         if code == rc::OK {
-            self.watch_snapshot(request, around);
+            self.watch_snapshot(request, environment);
         } else if rc::primary(code) == rc::BUSY {
             self.gate.answers_busy();
         }
@@ -171,19 +167,19 @@ impl<G: Gate> Driver<G> {
     }
 
     /// Policy `auto` is one of the two others, from one checkpoint to the next.
-    fn set_policy(&self, policy: CheckpointPolicy) {
-        self.state.set(self.state.get().with_policy(policy));
+    fn gate_checkpoints(&self, gates_checkpoints: bool) {
+        self.state.set(self.state.get().with_gated_checkpoints(gates_checkpoints));
     }
 
     /// "If another connection has written to the database file since the time the read transaction on this connection was
     /// started, then this write is disallowed" (`sqlite3WalBeginWriteTransaction`, wal.c): WRITE is won, and given back at
     /// once. SQLite then waits as if it had been refused, and wants the gate.
     #[inline]
-    fn watch_snapshot(&self, request: ShmRequest, around: &impl Surroundings) {
+    fn watch_snapshot(&self, request: ShmRequest, environment: &impl Environment) {
         match request {
-            ShmRequest::LockShared(_) => self.snapshot.set(around.wal_changes()),
+            ShmRequest::LockShared(_) => self.snapshot.set(environment.wal_changes()),
             ShmRequest::LockExclusive(slots) if slots.intersects(ShmSlots::WRITE) => {
-                self.is_stale.set(around.wal_changes() != self.snapshot.get());
+                self.is_stale.set(environment.wal_changes() != self.snapshot.get());
             }
             ShmRequest::Unlock(slots)
                 if slots.intersects(ShmSlots::WRITE) && self.is_stale.replace(false) =>
@@ -207,20 +203,20 @@ impl<G: Gate> Driver<G> {
     fn admit(
         &self,
         real: &impl RealLocks,
-        around: &impl Surroundings,
+        environment: &impl Environment,
         ask: Ask,
-        to_exclusive: bool,
+        purpose: Purpose,
     ) -> Result<(), c_int> {
-        if ask == Ask::Forward { Ok(()) } else { self.win(real, around, ask, to_exclusive) }
+        if ask == Ask::Forward { Ok(()) } else { self.win(real, environment, ask, purpose) }
     }
 
     #[inline(never)]
     fn win(
         &self,
         real: &impl RealLocks,
-        around: &impl Surroundings,
+        environment: &impl Environment,
         ask: Ask,
-        to_exclusive: bool,
+        purpose: Purpose,
     ) -> Result<(), c_int> {
         let acquired = match ask {
             Ask::TakeGate => self.gate.try_acquire()?,
@@ -231,11 +227,11 @@ impl<G: Gate> Driver<G> {
         };
         if !acquired {
             self.gate.answers_busy();
-            around.doubt_places();
+            environment.invalidate_place_check();
             return Err(rc::BUSY);
         }
         // Row M1: the gate is given back.
-        around.check_places(to_exclusive).inspect_err(|_| self.settle(self.state.get()))
+        environment.check_places(purpose).inspect_err(|_| self.settle(self.state.get()))
     }
 
     /// Row G1. A checkpointer holds CKPT from before it reads the wal-index header until it is done, so a

@@ -28,10 +28,10 @@ use crate::events::About;
 use crate::ffi;
 use crate::fork;
 use crate::gate::{Fallback, LockFile, with_suffix};
-use crate::lock::Surroundings;
+use crate::lock::{Environment, Purpose};
 use crate::ofd;
 use crate::options::FileOptions;
-use crate::place::{Names, Place, Purpose};
+use crate::place::{Names, Place};
 use crate::real::{RealFile, WalIndex};
 use crate::shim::Shim;
 use crate::sys::{self, ErrnoGuard, FileId};
@@ -209,7 +209,7 @@ fn path(path: &CStr) -> std::borrow::Cow<'_, str> {
     path.to_string_lossy()
 }
 
-impl Surroundings for OpenFile {
+impl Environment for OpenFile {
     /// A WAL connection may hold SHARED for life then.
     fn shm_exists(&self) -> bool {
         let _errno = ErrnoGuard::new();
@@ -223,11 +223,11 @@ impl Surroundings for OpenFile {
     }
 
     #[inline]
-    fn check_places(&self, to_exclusive: bool) -> Result<(), c_int> {
-        self.place.check(if to_exclusive { Purpose::Exclusive } else { Purpose::Write })
+    fn check_places(&self, purpose: Purpose) -> Result<(), c_int> {
+        self.place.check(purpose)
     }
 
-    fn doubt_places(&self) {
+    fn invalidate_place_check(&self) {
         self.place.doubt();
     }
 

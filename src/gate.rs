@@ -31,7 +31,7 @@
 //! exclude each other, and a `close()` elsewhere in the process does not cancel it, unlike the POSIX locks
 //! beneath SQLite.
 //!
-//! Uses: `wait`, `hint`, `held`, `holder`, `queue`, `fork`, `host`, `events`, `sys`, `stats`, `error`.
+//! Uses: `wait`, `hint`, `held`, `holder`, `queue`, `fork`, `host`, `refusal`, `events`, `sys`, `stats`, `error`.
 
 use std::cell::{Cell, RefCell};
 use std::ffi::{CStr, CString, OsStr, c_int};
@@ -51,8 +51,9 @@ use crate::hint::{self, NoBoard};
 use crate::holder;
 use crate::host::Host;
 use crate::queue::{Micros, Seat};
+use crate::refusal::Failure;
 use crate::stats;
-use crate::sys::{self, Attributes, Create, ErrnoGuard, FileId, Tick};
+use crate::sys::{self, Create, ErrnoGuard, FileId, Tick};
 use crate::wait::{self, ConnectionSeat, Want};
 
 /// A lock that is held by at most one open database file in the world.
@@ -166,6 +167,15 @@ struct Descriptor {
     checked: Option<Checked>,
 }
 
+/// How a flock is given up.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum How {
+    /// For everybody who shares the open file description.
+    Unlock,
+    /// By us: who has inherited it keeps it.
+    Close,
+}
+
 #[derive(Clone, Copy, Debug)]
 struct Checked {
     at: Tick,
@@ -204,12 +214,6 @@ impl Descriptor {
     fn is_ours(&self) -> bool {
         !self.outer.iter().chain([&self.fd]).any(|fd| sys::is_lost(fd, self.id))
     }
-}
-
-/// Why the gate cannot be had, other than that another holds it.
-struct Failure {
-    code: c_int,
-    message: String,
 }
 
 impl LockFile {
@@ -266,7 +270,7 @@ impl LockFile {
                 Some(descriptor) => descriptor,
                 None => slot.insert(self.open()?),
             };
-            let acquired = descriptor.try_lock().map_err(|error| self.flock_failure(&error))?;
+            let acquired = descriptor.try_lock().map_err(|error| Failure::of_flock(&self.path, &error))?;
             if !acquired {
                 // Waiting anyway, so look closely: the holder of a dead file must not keep us out.
                 descriptor.checked = None;
@@ -276,7 +280,7 @@ impl LockFile {
                 Ok(false) => {}
                 Err(error) => {
                     close(&mut slot);
-                    return Err(self.cannot_be("examined", &error));
+                    return Err(Failure::cannot_be(&self.path, "examined", &error));
                 }
             }
             // Closing the stale descriptor releases its flock.
@@ -429,18 +433,22 @@ impl LockFile {
     fn open(&self) -> Result<Descriptor, Failure> {
         for _ in 0..REPLACED_LIMIT {
             match sys::open(&self.path, Create::No) {
-                Ok(fd) => return self.admit(fd),
+                Ok(fd) => return self.vet(fd),
                 Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-                Err(error) => return Err(self.open_failure(&error)),
+                Err(error) => return Err(Failure::of_open(&self.path, &error)),
             }
             match self.create() {
-                Ok(fd) => return self.admit(fd),
+                Ok(fd) => return self.vet(fd),
                 // Another process was first: open what it has made.
                 Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
-                Err(error) => return Err(self.create_failure(&error)),
+                Err(error) => return Err(Failure::of_create(&self.path, &error)),
             }
         }
-        Err(self.failure(rc::CANTOPEN, "keeps appearing and disappearing; find out what removes it"))
+        Err(Failure::new(
+            &self.path,
+            rc::CANTOPEN,
+            "keeps appearing and disappearing; find out what removes it",
+        ))
     }
 
     /// A new lock file takes the database's mode, and its owner where we may: who can write the database can
@@ -463,10 +471,12 @@ impl LockFile {
         Ok(fd)
     }
 
-    fn admit(&self, fd: OwnedFd) -> Result<Descriptor, Failure> {
-        let attributes = sys::fstat(fd.as_fd()).map_err(|error| self.cannot_be("examined", &error))?;
+    /// What was opened, if it is a lock file.
+    fn vet(&self, fd: OwnedFd) -> Result<Descriptor, Failure> {
+        let attributes =
+            sys::fstat(fd.as_fd()).map_err(|error| Failure::cannot_be(&self.path, "examined", &error))?;
         if !attributes.is_regular() {
-            return Err(self.not_regular(&attributes));
+            return Err(Failure::not_regular(&self.path, &attributes));
         }
         let held::Outer { descriptors: outer, complaint } = held::outer(attributes.id);
         if let Some(complaint) = complaint {
@@ -489,7 +499,7 @@ impl LockFile {
     }
 
     #[inline(never)]
-    fn release_held(&self) {
+    fn release_held(&self, how: How) {
         self.held.set(false);
         let _errno = ErrnoGuard::new();
         stats::RELEASED.increment();
@@ -505,7 +515,9 @@ impl LockFile {
         if let Some(seat) = &*seat {
             seat.releases_now();
         }
-        if !open.is_checked(sys::tick()) && !open.is_ours() {
+        if how == How::Close {
+            close(&mut descriptor);
+        } else if !open.is_checked(sys::tick()) && !open.is_ours() {
             self.lost(&mut descriptor);
         } else if let Err(error) = open.unlock() {
             self.log(
@@ -542,17 +554,8 @@ impl LockFile {
     /// LOCK_UN operation on any of these duplicate file descriptors, or when all such file descriptors have been closed",
     /// flock(2).)
     pub fn leave_to_heirs(&self) {
-        if !self.held.replace(false) || self.is_inherited() {
-            return;
-        }
-        stats::RELEASED.increment();
-        let seat = self.seat.borrow();
-        if let Some(seat) = &*seat {
-            seat.releases_now();
-        }
-        close(&mut self.descriptor.borrow_mut());
-        if let Some(seat) = seat.as_ref().filter(|seat| !seat.is_alone()) {
-            seat.released(sys::micros());
+        if self.held.get() {
+            self.release_held(How::Close);
         }
     }
 
@@ -691,83 +694,6 @@ impl LockFile {
         }
         Ok(self.granted())
     }
-
-    fn failure(&self, code: c_int, what: &str) -> Failure {
-        Failure { code, message: format!("kanbanlock: {} {what}", self.path().display()) }
-    }
-
-    fn flock_failure(&self, error: &io::Error) -> Failure {
-        // ENOLCK, ENOSYS, EOPNOTSUPP …: an error, not SQLITE_BUSY, which would be tried again without end.
-        self.failure(
-            rc::IOERR_LOCK,
-            &format!(
-                "cannot be locked: flock(2): {error}. The file system may not support flock; put the \
-                 database on a local one"
-            ),
-        )
-    }
-
-    fn open_failure(&self, error: &io::Error) -> Failure {
-        match error.raw_os_error() {
-            Some(libc::ELOOP) => self.symbolic_link(),
-            Some(libc::EISDIR) => self.failure(
-                rc::CANTOPEN_ISDIR,
-                "is a directory: another tool's lock (SQLite's unix-dotfile VFS, a mkdir lock). Stop that \
-                 tool, then remove the directory",
-            ),
-            // "ENXIO … the file is a UNIX domain socket", open(2).
-            Some(libc::ENXIO) => match sys::lstat(&self.path) {
-                Ok(attributes) => self.not_regular(&attributes),
-                Err(_) => self.failure(rc::CANTOPEN, &format!("cannot be opened: {error}")),
-            },
-            Some(libc::EACCES | libc::EPERM) => self.failure(
-                rc::PERM,
-                "exists, but this process may not open it for reading and writing. Give it the database's \
-                 owner and mode (chown --reference, chmod --reference)",
-            ),
-            _ => self.cannot_be("opened", error),
-        }
-    }
-
-    fn create_failure(&self, error: &io::Error) -> Failure {
-        match error.raw_os_error() {
-            Some(libc::EACCES | libc::EPERM) => self.failure(
-                rc::READONLY_DIRECTORY,
-                "does not exist, and this process may not create files in its folder. Make the folder \
-                 writable (SQLite needs that for its journals too), or create the file beforehand",
-            ),
-            _ => self.cannot_be("created", error),
-        }
-    }
-
-    fn cannot_be(&self, verb: &str, error: &io::Error) -> Failure {
-        let (code, advice) = match error.raw_os_error() {
-            Some(libc::EROFS) => (rc::READONLY_DIRECTORY, "open the database with mode=ro"),
-            Some(libc::ENOSPC | libc::EDQUOT) => (rc::FULL, "free some space"),
-            Some(libc::ENOMEM) => (rc::NOMEM, "free some memory"),
-            Some(libc::EMFILE | libc::ENFILE) => {
-                (rc::CANTOPEN, "raise the limit of open files (ulimit -n), or close some")
-            }
-            _ => (rc::CANTOPEN, "check that its folder exists and is reachable"),
-        };
-        self.failure(code, &format!("cannot be {verb}: {error}; {advice}"))
-    }
-
-    fn symbolic_link(&self) -> Failure {
-        let target = std::fs::read_link(self.path()).unwrap_or_default();
-        let state = if sys::stat(&self.path).is_ok() { "a" } else { "a dangling" };
-        self.failure(
-            rc::CANTOPEN_SYMLINK,
-            &format!(
-                "is {state} symbolic link to {}, and a lock file is not looked for elsewhere. Remove the link",
-                target.display()
-            ),
-        )
-    }
-
-    fn not_regular(&self, attributes: &Attributes) -> Failure {
-        self.failure(rc::CANTOPEN, &format!("is {}, not a regular file. Remove it", attributes.type_name()))
-    }
 }
 
 impl Gate for LockFile {
@@ -809,7 +735,7 @@ impl Gate for LockFile {
     #[inline(always)]
     fn release(&self) {
         if self.held.get() {
-            self.release_held();
+            self.release_held(How::Unlock);
         }
     }
 

@@ -149,6 +149,7 @@ mod options;
 mod place;
 mod queue;
 mod real;
+mod refusal;
 mod register;
 mod shim;
 mod state;

@@ -188,26 +188,35 @@ pub trait RealLocks {
     }
 }
 
+/// For which lock the gate was taken.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Purpose {
+    /// To write, or to checkpoint.
+    Write,
+    /// EXCLUSIVE: in WAL mode, to delete the WAL.
+    Exclusive,
+}
+
 /// What the driver asks about the files beside the database.
 ///
 /// `file.rs` implements it on an open file; the simulation on its weather.
-pub trait Surroundings {
+pub trait Environment {
     /// Row L7w: is there a `<db>-shm`?
     fn shm_exists(&self) -> bool;
     /// Row L12: does another process, or another copy of SQLite, use the `-shm` that this file has mapped?
     fn others_use_shm(&self) -> bool;
-    /// Row M1: is every file in its place? Asked when the gate was acquired. `to_exclusive`: for EXCLUSIVE.
+    /// Row M1: is every file in its place? Asked when the gate was acquired.
     ///
     /// # Errors
     ///
     /// The result code to answer, already logged.
-    fn check_places(&self, to_exclusive: bool) -> Result<(), c_int>;
+    fn check_places(&self, purpose: Purpose) -> Result<(), c_int>;
     /// How many transactions the wal-index has seen, modulo 2^32; 0 without one.
     fn wal_changes(&self) -> u32;
     /// The size of the WAL up to its last committed frame, in bytes; 0 without one.
     fn wal_size(&self) -> u64;
     /// The gate was refused: what was known of the files' places is not known any more.
-    fn doubt_places(&self);
+    fn invalidate_place_check(&self);
 }
 
 #[cfg(test)]

@@ -24,7 +24,7 @@
 //!   overwritten by a shorter one, is noticed too, and one that SQLite has made anew, after a deletion, in a process that
 //!   came later.
 //!
-//! Uses: `host`, `real`, `events`, `sys`, `error`.
+//! Uses: `host`, `lock`, `real`, `events`, `sys`, `error`.
 
 use std::cell::Cell;
 use std::ffi::{CStr, CString, c_int};
@@ -35,6 +35,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use crate::error::rc;
 use crate::events::About;
 use crate::host::Host;
+use crate::lock::Purpose;
 use crate::real::WalIndex;
 use crate::sys::{self, ErrnoGuard, FileId, Tick};
 
@@ -106,15 +107,6 @@ impl fmt::Display for Fate {
             Fate::Short => "was truncated, overwritten or made anew while in use",
         })
     }
-}
-
-/// For which lock the gate was taken.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Purpose {
-    /// To write, or to checkpoint.
-    Write,
-    /// EXCLUSIVE: in WAL mode, to delete the WAL.
-    Exclusive,
 }
 
 impl Place {

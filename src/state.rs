@@ -155,7 +155,8 @@ pub enum Row {
 /// The locks of one open database file.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct State {
-    policy: CheckpointPolicy,
+    /// Reason 3: the checkpoint policy is `gate`, or `auto` for a long WAL (row K3).
+    gates_checkpoints: bool,
     /// Row L13: the database was opened read-only.
     read_only: bool,
     level: LockLevel,
@@ -174,12 +175,12 @@ pub struct State {
 impl State {
     /// A file just opened.
     pub fn new(policy: CheckpointPolicy) -> State {
-        State { policy, ..State::default() }
+        State { gates_checkpoints: policy == CheckpointPolicy::Gate, ..State::default() }
     }
 
     /// A file just opened read-only. None of its checkpoints copies anything, so none takes the gate for CKPT.
     pub fn new_read_only() -> State {
-        State { policy: CheckpointPolicy::Free, read_only: true, ..State::default() }
+        State { read_only: true, ..State::default() }
     }
 
     /// Row L13.
@@ -196,8 +197,8 @@ impl State {
 
     /// Row K3: what `auto` means for the next checkpoint.
     #[must_use]
-    pub fn with_policy(self, policy: CheckpointPolicy) -> State {
-        State { policy, ..self }
+    pub fn with_gated_checkpoints(self, gates_checkpoints: bool) -> State {
+        State { gates_checkpoints, ..self }
     }
 
     /// True if this file holds one of `slots` shared: if a READ slot, it is in a read transaction.
@@ -413,7 +414,7 @@ impl State {
         let in_transaction = self.shared.intersects(ShmSlots::READS) || self.excl.intersects(ShmSlots::CKPT);
         if slots.contains(ShmSlots::WRITE) && in_transaction {
             ShmSlots::WRITE
-        } else if slots == ShmSlots::CKPT && self.policy == CheckpointPolicy::Gate {
+        } else if slots == ShmSlots::CKPT && self.gates_checkpoints {
             ShmSlots::CKPT
         } else {
             ShmSlots::EMPTY

@@ -411,7 +411,8 @@ fn the_queues_descriptors_that_other_code_closed_are_the_applications() {
         assert_eq!(code(b.execute_batch("BEGIN IMMEDIATE")), ffi::SQLITE_BUSY);
         a.execute_batch("COMMIT").unwrap();
         write(&b).unwrap();
-        (a.close().unwrap(), b.close().unwrap());
+        a.close().unwrap();
+        b.close().unwrap();
         assert!(lost.iter().all(|number| is_open_on(*number, &other)), "{lost:?}");
     });
 }

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 const LAYERS: &[&[&str]] = &[
     &["lock", "error", "ffi", "sys", "stats"],
     &["events"],
-    &["host", "state", "real", "queue", "held", "holder"],
+    &["host", "state", "real", "queue", "held", "holder", "refusal"],
     &["ofd", "place"],
     &["fork"],
     &["hint"],

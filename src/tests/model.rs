@@ -626,12 +626,12 @@ impl Turn<'_> {
         let state = world.connections[self.who].state;
         let is_undecided = self.scenario.policy == CheckpointPolicy::Auto
             && self.is_checkpoint()
-            && state != state.with_policy(CheckpointPolicy::Gate);
+            && state != state.with_gated_checkpoints(true);
         if !is_undecided {
             return self.admit_under_policy(world);
         }
-        let mut next = self.admit_under_policy(self.with_policy(world, CheckpointPolicy::Free));
-        next.push((Did::FindLongWal, self.with_policy(world, CheckpointPolicy::Gate)));
+        let mut next = self.admit_under_policy(self.with_gated_checkpoints(world, false));
+        next.push((Did::FindLongWal, self.with_gated_checkpoints(world, true)));
         next
     }
 
@@ -639,9 +639,9 @@ impl Turn<'_> {
         self.step.call == lock(CKPT_SLOT)
     }
 
-    fn with_policy(&self, mut world: World, policy: CheckpointPolicy) -> World {
+    fn with_gated_checkpoints(&self, mut world: World, gates_checkpoints: bool) -> World {
         let connection = &mut world.connections[self.who];
-        connection.state = connection.state.with_policy(policy);
+        connection.state = connection.state.with_gated_checkpoints(gates_checkpoints);
         world
     }
 
@@ -677,7 +677,7 @@ impl Turn<'_> {
                 if scenario.design == Design::TakesItForHad {
                     return self.forward(world);
                 }
-                self.forward(self.with_policy(world, CheckpointPolicy::Free))
+                self.forward(self.with_gated_checkpoints(world, false))
             }
             Ask::TakeGate | Ask::AwaitGate => self.answer(world, false, Did::RefuseGate),
             Ask::GuardReset if scenario.design == Design::NoResetGuard => self.forward(world),
@@ -780,7 +780,10 @@ impl Turn<'_> {
         let places = if ok { &self.step.ok } else { &self.step.busy };
         assert!(!places.is_empty(), "{} is not told BUSY", self.describe());
         let go_on = |&place: &Place| {
-            let mut world = self.at(self.with_policy(world, self.scenario.policy), Phase::Call);
+            let mut world = self.at(
+                self.with_gated_checkpoints(world, self.scenario.policy == CheckpointPolicy::Gate),
+                Phase::Call,
+            );
             world.connections[self.who].place = place;
             (did, world)
         };

@@ -43,7 +43,7 @@ use proptest::test_runner::{Config, RngAlgorithm, TestError, TestRng, TestRunner
 use crate::driver::Driver;
 use crate::error::rc;
 use crate::gate::Gate;
-use crate::lock::{LockLevel, RealLocks, Surroundings};
+use crate::lock::{Environment, LockLevel, Purpose, RealLocks};
 use crate::state::CheckpointPolicy;
 use crate::tests::unix_locks::{
     self, CKPT, LOCK_EXCLUSIVE, LOCK_SHARED, Locks, OsUnix, READS, READS_1_TO_4, UNLOCK_EXCLUSIVE,
@@ -201,7 +201,7 @@ enum Event {
     Real(Call, c_int),
     Panicked,
     /// The driver asked whether the files are in their places, for EXCLUSIVE or not.
-    Looked(bool),
+    Looked(Purpose),
     /// The driver told that they may not be any more.
     Doubted,
     /// The driver was told that others use the `-shm`.
@@ -422,7 +422,7 @@ impl RealLocks for Fake {
     }
 }
 
-impl Surroundings for Fake {
+impl Environment for Fake {
     fn shm_exists(&self) -> bool {
         self.world.borrow().weather.shm_exists
     }
@@ -433,9 +433,9 @@ impl Surroundings for Fake {
         }
         world.weather.others_use_shm
     }
-    fn check_places(&self, to_exclusive: bool) -> Result<(), c_int> {
+    fn check_places(&self, purpose: Purpose) -> Result<(), c_int> {
         let mut world = self.world.borrow_mut();
-        world.events.push(Event::Looked(to_exclusive));
+        world.events.push(Event::Looked(purpose));
         if world.gate != Some(Holder::Connection(self.who)) {
             world.wrong.push("the places are looked at without the gate".to_owned());
         }
@@ -447,7 +447,7 @@ impl Surroundings for Fake {
     fn wal_size(&self) -> u64 {
         0
     }
-    fn doubt_places(&self) {
+    fn invalidate_place_check(&self) {
         self.world.borrow_mut().events.push(Event::Doubted);
     }
 }
@@ -738,14 +738,12 @@ impl Simulation {
             "the places are not looked at once for each acquisition",
         )?;
         if first == Some(Event::Granted) {
-            let to_exclusive = Event::Looked(call == Lock(EXCLUSIVE));
-            check(rest.first() == Some(&to_exclusive), "the places are not looked at next, for what it is")?;
+            let is_exclusive = call == Lock(EXCLUSIVE);
+            let looked = Event::Looked(if is_exclusive { Purpose::Exclusive } else { Purpose::Write });
+            check(rest.first() == Some(&looked), "the places are not looked at next, for what it is")?;
             let moved = self.world.borrow().weather.moved;
             if let Some(code) = moved {
-                check(
-                    rest == [to_exclusive, Event::Released] && answer == code,
-                    "moved, and yet it goes on",
-                )?;
+                check(rest == [looked, Event::Released] && answer == code, "moved, and yet it goes on")?;
                 self.see("M1: a file is not in its place");
                 return self.check_between(who);
             }

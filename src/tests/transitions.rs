@@ -766,13 +766,13 @@ fn auto_gates_a_checkpoint_or_does_not() {
     let checkpoint = request(ShmLockExclusive(CKPT));
     let auto = State::new(CheckpointPolicy::Auto);
     assert_eq!(auto.ask_shm(checkpoint), Ask::Forward, "until it is told otherwise");
-    let long = auto.with_policy(CheckpointPolicy::Gate);
+    let long = auto.with_gated_checkpoints(true);
     assert_eq!(long.ask_shm(checkpoint), Ask::AwaitGate, "K3, as K1");
     let (gated, row) = long.shm_done(checkpoint, Reply::Ok);
     assert_eq!((gated.wants_gate(), row), (true, Row::K1));
     let (done, _) = gated.shm_done(request(ShmUnlock(CKPT)), Reply::Ok);
     assert!(!done.wants_gate());
-    let refused = long.with_policy(CheckpointPolicy::Free);
+    let refused = long.with_gated_checkpoints(false);
     let (free, row) = refused.shm_done(checkpoint, Reply::Ok);
     assert_eq!((free.wants_gate(), row), (false, Row::S5), "K3, refused: as S5");
 }
