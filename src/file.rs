@@ -13,7 +13,7 @@
 //! Only main database files have this shape. Every other file (journals, WAL, temporary files) is opened by
 //! the real VFS in the same memory, with its own methods, and never comes back to us.
 //!
-//! Uses: `driver`, `gate`, `lock`, `fork`, `ofd`, `place`, `real`, `shim`, `sys`, `stats`, `options`,
+//! Uses: `driver`, `gate`, `lock`, `fork`, `inherited`, `ofd`, `place`, `real`, `shim`, `sys`, `stats`, `options`,
 //! `events`, `error`, `ffi`.
 
 use std::cell::Cell;
@@ -28,6 +28,7 @@ use crate::events::About;
 use crate::ffi;
 use crate::fork;
 use crate::gate::{Fallback, LockFile, with_suffix};
+use crate::inherited;
 use crate::lock::{Environment, Purpose};
 use crate::ofd;
 use crate::options::FileOptions;
@@ -69,6 +70,8 @@ pub struct OpenFile {
     id: Option<FileId>,
     /// Held as long as the file is open.
     _close_proof_wish: Option<ofd::Wish>,
+    /// For the child of a fork; `None`: the real VFS has no hooks, so it cannot be cut off.
+    pub inherited: Option<inherited::Record>,
     /// Its names, and whether they still lead to it.
     pub place: Place,
     /// The `fork::generation` that opened it.
@@ -113,12 +116,15 @@ impl OpenFile {
             Some(id) => wish_for_close_proof(shim, id, place.names(), options)?,
             None => None,
         };
+        let copy_index = ofd::copy_index(&shim.host, shim.real);
+        let inherited = copy_index.zip(id).map(|(copy_index, id)| inherited::Record::new(copy_index, id));
         Ok(OpenFile {
             driver,
             shim,
             _close_proof_wish: close_proof_wish,
             id,
             options,
+            inherited,
             place,
             generation: fork::generation(),
             has_warned_inherited: Cell::new(false),

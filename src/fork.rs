@@ -20,7 +20,7 @@
 //! Not covered: vfork(2), clone(2) and a raw fork system call run no handlers. A child that execs at once is fine
 //! in any case: every descriptor is O_CLOEXEC.
 //!
-//! Uses: `ofd`, `place`.
+//! Uses: `inherited`, `ofd`, `place`.
 
 use std::cell::UnsafeCell;
 use std::os::fd::RawFd;
@@ -29,7 +29,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use once_cell::sync::OnceCell;
 
-use crate::{ofd, place};
+use crate::{inherited, ofd, place};
 
 static GENERATION: AtomicU32 = AtomicU32::new(0);
 
@@ -74,7 +74,7 @@ pub fn install() {
     });
 }
 
-type Guards = (MutexGuard<'static, ()>, MutexGuard<'static, Vec<RawFd>>, ofd::TableGuard, place::TableGuard);
+type Guards = (MutexGuard<'static, ()>, MutexGuard<'static, Vec<RawFd>>, ofd::TableGuard, place::TableGuard, inherited::TableGuard);
 
 /// The mutexes, from `prepare` to `parent` or `child`, which run on the same thread.
 struct Held(UnsafeCell<Option<Guards>>);
@@ -86,7 +86,7 @@ unsafe impl Sync for Held {}
 static HELD: Held = Held(UnsafeCell::new(None));
 
 extern "C" fn prepare() {
-    let guards = (registering(), lock_files(), ofd::lock_for_fork(), place::lock_for_fork());
+    let guards = (registering(), lock_files(), ofd::lock_for_fork(), place::lock_for_fork(), inherited::lock_for_fork());
     // SAFETY: the mutexes are ours now, so nobody else touches it (Held).
     unsafe { *HELD.0.get() = Some(guards) };
 }
@@ -102,7 +102,7 @@ extern "C" fn parent() {
 
 extern "C" fn child() {
     GENERATION.fetch_add(1, Ordering::Relaxed);
-    let Some((_registering, mut lock_files, locks, places)) = take_guards() else { return };
+    let Some((_registering, mut lock_files, locks, places, files)) = take_guards() else { return };
     for fd in lock_files.drain(..) {
         // SAFETY: the lock file's descriptor, inherited: the file object that owned it belongs to an older generation
         // from now on, and forgets it instead of closing it.
@@ -110,4 +110,5 @@ extern "C" fn child() {
     }
     locks.close_all_in_child();
     places.clear_in_child();
+    files.let_go_in_child(generation());
 }

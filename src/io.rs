@@ -4,7 +4,7 @@
 //! static tables, one for each interface version: a file advertises its *real* file's version, and there is no
 //! NULL method under an advertised version.
 //!
-//! Uses: `file`, `real`, `events`, `lock`, `ffi`, `error`.
+//! Uses: `file`, `inherited`, `real`, `events`, `lock`, `ffi`, `error`.
 
 use std::ffi::{CStr, c_char, c_int, c_void};
 
@@ -12,6 +12,7 @@ use crate::error::rc;
 use crate::events;
 use crate::ffi::{self, sqlite3_file, sqlite3_int64};
 use crate::file::{FileHandle, OpenFile};
+use crate::inherited;
 use crate::lock::LockLevel;
 use crate::real::{RealFile, WalIndex};
 
@@ -119,17 +120,25 @@ unsafe extern "C" fn x_shm_map(
     let file = unsafe { handle(file) };
     file.guarded(rc::IOERR_SHMMAP, |open, real| {
         let Some(x_shm_map) = real.method(|methods| methods.xShmMap) else { return rc::IOERR_SHMMAP };
-        // SAFETY: the real file's own method, called with the real file and SQLite's own arguments.
-        let code = unsafe { x_shm_map(real.as_ptr(), page, size, extend, out) };
-        let wal_index = if code == rc::OK && page == 0 {
-            // SAFETY: "written to *pp", where the answer is SQLITE_OK.
-            let region = unsafe { out.read() };
-            // SAFETY: region 0, of `size` bytes (SQLite's is 32 KiB), mapped until xShmUnmap.
-            unsafe { WalIndex::new(region) }
-        } else {
-            None
+        let map = || {
+            inherited::as_ours(|| {
+                // SAFETY: the real file's own method, called with the real file and SQLite's own arguments.
+                unsafe { x_shm_map(real.as_ptr(), page, size, extend, out) }
+            })
         };
-        open.place.shm_mapped(wal_index);
+        let code = open.unless_inherited(rc::IOERR_SHMMAP, map);
+        let region = if code == rc::OK {
+            // SAFETY: "written to *pp", where the answer is SQLITE_OK.
+            unsafe { out.read() }
+        } else {
+            std::ptr::null_mut()
+        };
+        if let Some(record) = open.inherited.as_ref().filter(|_| !region.is_null()) {
+            record.mapped(region.expose_provenance(), usize::try_from(size).unwrap_or(0));
+        }
+        let first = if page == 0 { region } else { std::ptr::null_mut() };
+        // SAFETY: null, or region 0, of `size` bytes (SQLite's is 32 KiB), mapped until xShmUnmap.
+        open.place.shm_mapped(unsafe { WalIndex::new(first) });
         code
     })
 }
@@ -138,6 +147,9 @@ unsafe extern "C" fn x_shm_unmap(file: *mut sqlite3_file, delete: c_int) -> c_in
     // SAFETY: SQLite's call.
     let file = unsafe { handle(file) };
     file.guarded(rc::IOERR_SHMLOCK, |open, real| {
+        if let Some(record) = &open.inherited {
+            record.about_to_unmap();
+        }
         let code = open.driver.x_shm_unmap(&real, delete);
         open.place.shm_unmapped();
         code

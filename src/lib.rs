@@ -141,6 +141,7 @@ mod hint;
 mod hold;
 mod holder;
 mod host;
+mod inherited;
 mod inspect;
 mod io;
 mod lock;

@@ -39,7 +39,7 @@
 //! OFD and POSIX locks conflict with each other on Linux ("…conflict … even when they are acquired by the same
 //! process", fcntl(2)), so processes without the hooks exclude and are excluded as before.
 //!
-//! Uses: `host`, `real`, `events`, `sys`, `error`.
+//! Uses: `inherited`, `host`, `real`, `events`, `sys`, `error`.
 
 use std::ffi::{CStr, CString, c_char, c_int, c_void};
 use std::fmt;
@@ -56,13 +56,11 @@ use once_cell::sync::OnceCell;
 use crate::error::rc;
 use crate::events::About;
 use crate::host::Host;
+use crate::inherited::{self, COPIES};
 use crate::real::RealVfs;
 use crate::sys::{self, ErrnoGuard, FileId};
 
 // The hooks. ------------------------------------------------------------------------------------------------
-
-/// How many copies of SQLite can have hooks. A hook gets no context, so each copy needs functions of its own.
-const COPIES: usize = 8;
 
 /// fcntl(2) is variadic; so is a call of it. (Defining a variadic function is not possible in Rust, but a function of
 /// three arguments receives such a call alike on x86-64 and aarch64 Linux.)
@@ -146,6 +144,9 @@ pub fn install(host: Host, real: RealVfs) -> Result<(), Unavailable> {
     let (fcntl, open, close) = (found(c"fcntl")?, found(c"open")?, found(c"close")?);
     // Opened now, to be read later: it cannot fail for want of a descriptor then.
     let descriptors = sys::OpenDescriptors::new().map_err(|_| Unavailable::NoProc)?;
+    if !inherited::prepare_copy(index, real) {
+        return Err(Unavailable::NoSystemCalls);
+    }
     let copy = HookedSqlite {
         host,
         // SAFETY: os_unix's table holds, under this name, a function of this type (its cast is `(int(*)(int,int,…))`);
@@ -181,7 +182,7 @@ fn is_installed(host: &Host) -> bool {
 }
 
 /// The hooks that a VFS goes through: those of its copy of SQLite, or of another that shares its table.
-fn copy_index(host: &Host, real: RealVfs) -> Option<usize> {
+pub fn copy_index(host: &Host, real: RealVfs) -> Option<usize> {
     let by_host = HOOKED.iter().position(|copy| copy.get().is_some_and(|copy| copy.host.is_same_copy(host)));
     by_host.or_else(|| {
         let fcntl = real.system_call(c"fcntl")?;
@@ -333,12 +334,16 @@ unsafe extern "C" fn hooked_open<const COPY: usize>(path: *const c_char, flags: 
     // SAFETY: what os_unix would have called, with what it passed.
     let fd = unsafe { (copy.open)(path, flags, mode) };
     forget_user(fd);
+    if fd >= 0 {
+        inherited::opened(COPY, fd);
+    }
     fd
 }
 
 unsafe extern "C" fn hooked_close<const COPY: usize>(fd: c_int) -> c_int {
     let Some(copy) = copy(COPY) else { return not_installed() };
     forget_user(fd);
+    inherited::closed(fd);
     // SAFETY: what os_unix would have called, with what it passed.
     unsafe { (copy.close)(fd) }
 }
@@ -419,7 +424,7 @@ fn ofd_getlk(copy: &HookedSqlite, canonical: RawFd, lock: &mut libc::flock) -> c
 #[cold]
 #[inline(never)]
 fn first_call(copy_index: usize, fd: RawFd, cmd: c_int, lock: &mut libc::flock) -> c_int {
-    if fd < 0 {
+    if fd < 0 || inherited::is_dead(fd) {
         return posix_call(copy_index, fd, cmd, lock); // EBADF
     }
     let errno = ErrnoGuard::new();

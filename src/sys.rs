@@ -485,7 +485,8 @@ pub fn is_open_on(fd: RawFd, id: FileId) -> bool {
     id_of(fd) == Some(id)
 }
 
-fn id_of(fd: RawFd) -> Option<FileId> {
+/// What descriptor number `fd` is open on, if it is open.
+pub fn id_of(fd: RawFd) -> Option<FileId> {
     if fd < 0 {
         return None;
     }
@@ -647,6 +648,80 @@ pub fn map_shared(fd: BorrowedFd<'_>, size: usize, access_mode: c_int) -> io::Re
 pub unsafe fn unmap(address: NonNull<u8>, size: usize) {
     // SAFETY: as the caller says.
     unsafe { libc::munmap(address.as_ptr().cast(), size) };
+}
+
+// In the child of a fork. Async-signal-safe calls (signal-safety(7)) and plain system calls only. ----------------------------
+
+/// Replaces each of these descriptors by a dead one: O_PATH, of which open(2) says "other file operations (e.g., read(2),
+/// write(2), fchmod(2), fchown(2), fgetxattr(2), ioctl(2), mmap(2)) fail with the error EBADF"; so do fsync(2),
+/// ftruncate(2) and the locks of fcntl(2). Where none can be had (ENFILE), they are closed.
+pub fn kill_descriptors(fds: impl Iterator<Item = RawFd> + Clone) {
+    let open = || {
+        let candidates = [c"/dev/null", c"/"].into_iter();
+        // SAFETY: NUL-terminated; without O_CREAT there is no third argument.
+        let opened =
+            candidates.map(|path| unsafe { libc::open(path.as_ptr(), libc::O_PATH | libc::O_CLOEXEC) });
+        opened.into_iter().find(|fd| *fd >= 0)
+    };
+    let mut dead = None;
+    for fd in fds.clone() {
+        dead = dead.or_else(open);
+        if dead.is_none() {
+            // SAFETY: a descriptor that SQLite has inherited, and that it can do nothing with from now on.
+            unsafe { libc::close(fd) };
+            dead = open(); // EMFILE: there is room now
+        }
+        if let Some(dead) = dead.filter(|dead| *dead != fd) {
+            // SAFETY: `dead` is open; what `fd` was is closed, by dup3(2) or above.
+            unsafe { libc::dup3(dead, fd, libc::O_CLOEXEC) };
+        }
+    }
+    if let Some(dead) = dead.filter(|dead| fds.clone().all(|fd| fd != *dead)) {
+        // SAFETY: opened here.
+        unsafe { libc::close(dead) };
+    }
+}
+
+/// Replaces mapped memory by a private copy of what it is now: the process goes on with it, and shares it no longer. Bytes
+/// that cannot be read (a file that was truncated: SIGBUS) become zero.
+///
+/// # Safety
+///
+/// `address` is that of `size` bytes, mapped for reading at least, in pages of their own, which nobody changes meanwhile in
+/// this process.
+pub unsafe fn make_private(address: usize, size: usize) {
+    // SAFETY: no pointers.
+    let page = usize::try_from(unsafe { libc::sysconf(libc::_SC_PAGESIZE) }).unwrap_or(4096);
+    let start = address / page * page;
+    let size = (address + size).next_multiple_of(page) - start;
+    let memory: *mut libc::c_void = std::ptr::with_exposed_provenance_mut(start);
+    let access = libc::PROT_READ | libc::PROT_WRITE;
+    // write(2) says EFAULT where a load would be SIGBUS.
+    // SAFETY: NUL-terminated.
+    let copy = unsafe { libc::memfd_create(c"kanbanlock-fork".as_ptr(), libc::MFD_CLOEXEC) };
+    let mut is_private = false;
+    if copy >= 0 {
+        let length = libc::off_t::try_from(size).unwrap_or(0);
+        // SAFETY: the descriptor is open.
+        let has_size = unsafe { libc::ftruncate(copy, length) } == 0;
+        // SAFETY: `size` bytes that are mapped (caller); the kernel checks each page.
+        unsafe { libc::pwrite(copy, memory, size, 0) };
+        let flags = libc::MAP_PRIVATE | libc::MAP_FIXED;
+        // SAFETY: over memory that the caller gives up, in whole pages; memory of the same size takes its place.
+        let mapped = has_size.then(|| unsafe { libc::mmap(memory, size, access, flags, copy, 0) });
+        is_private = mapped == Some(memory);
+        // SAFETY: opened here; a mapping keeps its file.
+        unsafe { libc::close(copy) };
+    }
+    if !is_private {
+        let flags = libc::MAP_PRIVATE | libc::MAP_FIXED | libc::MAP_ANONYMOUS;
+        // SAFETY: as above.
+        is_private = unsafe { libc::mmap(memory, size, access, flags, -1, 0) } == memory;
+    }
+    if !is_private {
+        // SAFETY: as above. Better a child that SIGSEGV ends than one that writes there.
+        unsafe { libc::mprotect(memory, size, libc::PROT_NONE) };
+    }
 }
 
 #[inline]

@@ -4,7 +4,7 @@
 //! *real* VFS as its first argument, `xSetSystemCall` and its kin included, and a method that the real VFS
 //! does not have is NULL here too. One answer is our own: `xGetSystemCall` knows a kanbanlock by [`MARK`].
 //!
-//! Uses: `io`, `file`, `shim`, `wait`, `options`, `real`, `events`, `ffi`, `error`.
+//! Uses: `io`, `file`, `inherited`, `shim`, `wait`, `options`, `real`, `events`, `ffi`, `error`.
 
 use std::ffi::{CStr, CString, c_char, c_double, c_int, c_void};
 
@@ -12,6 +12,7 @@ use crate::error::rc;
 use crate::events::{self, About};
 use crate::ffi::{self, sqlite3_file, sqlite3_int64, sqlite3_syscall_ptr, sqlite3_vfs};
 use crate::file::{FileHandle, OpenFile, guarded, shim_file_size};
+use crate::inherited;
 use crate::io;
 use crate::options::{FileOptions, PARAMETERS};
 use crate::real::RealVfs;
@@ -94,7 +95,7 @@ unsafe extern "C" fn x_open(
     if flags & ffi::SQLITE_OPEN_MAIN_DB == 0 || name.is_null() {
         // Not a database: the real VFS's own file in the same memory, with its own methods.
         // SAFETY: SQLite's own arguments; our szOsFile is larger than the real VFS's.
-        return unsafe { shim.real.x_open(name, file, flags, out_flags) };
+        return inherited::as_ours(|| unsafe { shim.real.x_open(name, file, flags, out_flags) });
     }
     // SAFETY: SQLite gives szOsFile bytes for the file to open.
     let handle = unsafe { FileHandle::new(file) };
@@ -113,7 +114,8 @@ unsafe extern "C" fn x_open(
         let mut real_flags = 0;
         // SAFETY: SQLite's own arguments, the same `name` pointer (URI parameters live behind its NUL), our own
         // place for the flags, and the memory behind ShimFile, which szOsFile has room for.
-        let code = unsafe { shim.real.x_open(name, handle.real().as_ptr(), flags, &raw mut real_flags) };
+        let open = || unsafe { shim.real.x_open(name, handle.real().as_ptr(), flags, &raw mut real_flags) };
+        let code = inherited::as_ours(open);
         if code != rc::OK {
             if handle.real().has_methods() {
                 handle.real().x_close();

@@ -9,6 +9,7 @@ const LAYERS: &[&[&str]] = &[
     &["lock", "error", "ffi", "sys", "stats"],
     &["events"],
     &["host", "state", "real", "queue", "held", "holder", "refusal"],
+    &["inherited"],
     &["ofd", "place"],
     &["fork"],
     &["hint"],
@@ -23,8 +24,22 @@ const LAYERS: &[&[&str]] = &[
 ];
 
 /// The files that may hold unsafe code. Everything else is safe Rust.
-const UNSAFE: &[&str] =
-    &["ffi", "file", "fork", "hint", "hold", "host", "io", "lib", "ofd", "real", "register", "sys", "vfs"];
+const UNSAFE: &[&str] = &[
+    "ffi",
+    "file",
+    "fork",
+    "hint",
+    "hold",
+    "host",
+    "inherited",
+    "io",
+    "lib",
+    "ofd",
+    "real",
+    "register",
+    "sys",
+    "vfs",
+];
 
 fn sources() -> BTreeMap<String, String> {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");

@@ -63,8 +63,8 @@ pub enum Task {
     StrayClose(PathBuf),
     /// fork(2): the child lives until this agent's socket is closed by everybody. Answers its pid.
     Fork,
-    /// In a forked child: execute on the inherited connection; answers what the child saw.
-    ExecuteInChild(String),
+    /// fork(2): the child, with all that it has inherited, connects to this socket and serves there. Answers its pid.
+    ForkServing(PathBuf),
     /// The number of open descriptors.
     CountDescriptors,
     /// The agent's own process id: it may have been started by another than its parent here.
@@ -440,18 +440,7 @@ pub fn serve_if_asked_with(register_more: impl FnOnce(bool)) {
         kanbanlock::register().unwrap();
     }
     register_more(is_shimmed);
-    let stdin = std::io::stdin();
-    let mut replies = UnixStream::from(reply_socket());
-    let mut worker = Worker::default();
-    for line in stdin.lock().lines() {
-        let Ok(line) = line else { break };
-        let reply = worker.perform(serde_json::from_str(&line).unwrap());
-        let mut line = serde_json::to_vec(&reply).unwrap();
-        line.push(b'\n');
-        if replies.write_all(&line).is_err() {
-            break;
-        }
-    }
+    Worker::default().serve(std::io::stdin().lock(), UnixStream::from(reply_socket()));
     // Skip libtest's own ending: the parent has closed its end, so nobody is interested.
     std::process::exit(0);
 }
@@ -534,7 +523,7 @@ impl Worker {
                 ok()
             }
             Task::Fork => Ok(fork_idle_child().to_string()),
-            Task::ExecuteInChild(sql) => execute_in_child(self.db(), &sql),
+            Task::ForkServing(socket) => Ok(self.fork_serving(&socket).to_string()),
             Task::CountDescriptors => Ok(std::fs::read_dir("/proc/self/fd").unwrap().count().to_string()),
             Task::Pid => Ok(std::process::id().to_string()),
             Task::Mark(path) => {
@@ -566,6 +555,32 @@ impl Worker {
     fn db(&self) -> &Connection {
         self.db.as_ref().expect("Task::Open first")
     }
+
+    /// A child that goes on as an agent of its own.
+    fn fork_serving(&mut self, socket: &Path) -> i32 {
+        // SAFETY: the agent's worker thread forks while its other thread (libtest's main) only waits, so no lock that the
+        // child may need is held by a thread that it does not have; and the child never returns to its caller.
+        let pid = unsafe { libc::fork() };
+        if pid == 0 {
+            let stream = UnixStream::connect(socket).unwrap();
+            self.serve(BufReader::new(stream.try_clone().unwrap()), stream);
+            std::process::exit(0);
+        }
+        pid
+    }
+
+    /// Does as it is told, until nobody tells any more.
+    fn serve(&mut self, requests: impl BufRead, mut replies: impl Write) {
+        for line in requests.lines() {
+            let Ok(line) = line else { break };
+            let reply = self.perform(serde_json::from_str(&line).unwrap());
+            let mut line = serde_json::to_vec(&reply).unwrap();
+            line.push(b'\n');
+            if replies.write_all(&line).is_err() {
+                break;
+            }
+        }
+    }
 }
 
 /// A child that does nothing but live until it is killed with its process group, or the test ends.
@@ -585,23 +600,6 @@ fn fork_idle_child() -> i32 {
     }
     from_child.read_exact(&mut [0]).unwrap();
     pid
-}
-
-/// Executes `sql` on the inherited connection in a forked child, and tells through its exit status.
-fn execute_in_child(db: &Connection, sql: &str) -> Reply {
-    // SAFETY: the agent's worker thread forks while its other thread (libtest's main) only waits; the child uses the
-    // connection, which is what the test is about, and leaves by _exit(2).
-    let pid = unsafe { libc::fork() };
-    if pid == 0 {
-        let refused = db.execute_batch(sql).is_err();
-        // SAFETY: no destructors, no libtest.
-        unsafe { libc::_exit(i32::from(refused)) };
-    }
-    let mut status = 0;
-    // SAFETY: our own child.
-    assert_eq!(unsafe { libc::waitpid(pid, &raw mut status, 0) }, pid);
-    Ok(if libc::WIFEXITED(status) && libc::WEXITSTATUS(status) == 1 { "refused" } else { "executed" }
-        .to_owned())
 }
 
 /// The longest sleep of [`sleep_by_itself`] in milliseconds, and whether they are all as long.
