@@ -232,6 +232,32 @@ fn an_inherited_connection_is_refused_in_the_child() {
     }
 }
 
+/// The same database, through plain `unix` in the same process: it shares what is mapped with the other.
+#[test]
+fn a_plain_connection_beside_it_is_refused_too() {
+    let db = TestDb::new();
+    let mut parent = Agent::with_db(db.path(), "kanbanlock");
+    parent.query("PRAGMA journal_mode = wal");
+    parent.execute("CREATE TABLE t (x); INSERT INTO t VALUES (1)").unwrap();
+    parent.execute(&format!("ATTACH 'file:{}?vfs=unix' AS plain", db.path().display())).unwrap();
+    assert_eq!(parent.query("SELECT x FROM plain.t"), "1");
+    let elsewhere = TestDb::new();
+    parent.execute(&format!("ATTACH 'file:{}?vfs=unix' AS elsewhere", elsewhere.path().display())).unwrap();
+    parent.execute("CREATE TABLE elsewhere.t (x)").unwrap();
+    let mut child = ServingChild::of(&mut parent, &db);
+    let descriptors = child.ask(&Task::CountDescriptors).unwrap();
+    for sql in ["SELECT x FROM plain.t", "INSERT INTO plain.t VALUES (2)"] {
+        assert!(child.ask(&Task::Execute(sql.to_owned())).is_err(), "{sql}");
+    }
+    assert_eq!(child.ask(&Task::CountDescriptors).unwrap(), descriptors);
+    // One to another database is none of kanbanlock's business.
+    child.ask(&Task::Execute("INSERT INTO elsewhere.t VALUES (2)".to_owned())).unwrap();
+    child.ask(&Task::Close).unwrap();
+    parent.execute("INSERT INTO t VALUES (3)").unwrap();
+    assert_eq!(parent.query("SELECT count(*) FROM plain.t"), "2");
+    assert_eq!(parent.query("SELECT x FROM elsewhere.t"), "2");
+}
+
 /// A child's own connection, opened beside the inherited one, excludes the parent and is excluded by it, by real locks:
 /// also those that the inherited one has, and after that has been closed.
 #[test]
@@ -381,7 +407,7 @@ fn a_child_lets_go_of_the_files() {
         parent.execute("COMMIT").unwrap();
 
         // What was mapped once is anybody's memory now.
-        parent.ask(&Task::Close).unwrap();
+        parent.query("PRAGMA journal_mode = delete");
         let child = ServingChild::of(&mut parent, &TestDb::new());
         let process = PathBuf::from(format!("/proc/{}", child.process.0));
         assert_eq!(mappings(&process, "/memfd:kanbanlock-fork"), 0, "{journal_mode}");
