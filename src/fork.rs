@@ -8,13 +8,16 @@
 //! ## Key operations
 //! `pthread_atfork` handlers. *prepare* takes the mutexes, so that the child finds whole tables; *parent* gives them
 //! back. *child* closes every lock file and every canonical description: close(2), never LOCK_UN or F_UNLCK, which
-//! would unlock the description that the parent still uses. And it starts a new *generation*.
+//! would unlock the description that the parent still uses. It starts a new *generation*, and cuts the process off from its
+//! parent's database files (`inherited.rs`).
 //!
 //! ## Invariants
 //! - A database file that was opened in an older generation takes no lock and writes nothing (`file.rs`): its
 //!   descriptors' numbers may be anything by now, and the transaction it may be in is the parent's. SQLite forbids such
 //!   use anyway: "do not open an SQLite database connection, then fork(2), then try to use that database connection in
 //!   the child process" (<https://www.sqlite.org/howtocorrupt.html#_carrying_an_open_database_connection_across_a_fork_>).
+//! - What SQLite writes past the shim (WAL, journal, wal-index) is out of the child's reach, if the hooks of `ofd.rs` are
+//!   installed: `inherited.rs`.
 //! - A descriptor of an older generation is forgotten, not closed: the number may be in use again.
 //!
 //! Not covered: vfork(2), clone(2) and a raw fork system call run no handlers. A child that execs at once is fine
@@ -74,7 +77,13 @@ pub fn install() {
     });
 }
 
-type Guards = (MutexGuard<'static, ()>, MutexGuard<'static, Vec<RawFd>>, ofd::TableGuard, place::TableGuard, inherited::TableGuard);
+type Guards = (
+    MutexGuard<'static, ()>,
+    MutexGuard<'static, Vec<RawFd>>,
+    ofd::TableGuard,
+    place::TableGuard,
+    inherited::TableGuard,
+);
 
 /// The mutexes, from `prepare` to `parent` or `child`, which run on the same thread.
 struct Held(UnsafeCell<Option<Guards>>);
@@ -86,7 +95,13 @@ unsafe impl Sync for Held {}
 static HELD: Held = Held(UnsafeCell::new(None));
 
 extern "C" fn prepare() {
-    let guards = (registering(), lock_files(), ofd::lock_for_fork(), place::lock_for_fork(), inherited::lock_for_fork());
+    let guards = (
+        registering(),
+        lock_files(),
+        ofd::lock_for_fork(),
+        place::lock_for_fork(),
+        inherited::lock_for_fork(),
+    );
     // SAFETY: the mutexes are ours now, so nobody else touches it (Held).
     unsafe { *HELD.0.get() = Some(guards) };
 }

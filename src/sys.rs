@@ -682,12 +682,13 @@ pub fn kill_descriptors(fds: impl Iterator<Item = RawFd> + Clone) {
     }
 }
 
-/// Replaces mapped memory by a private copy of what it is now: the process goes on with it, and shares it no longer. Bytes
-/// that cannot be read (a file that was truncated: SIGBUS) become zero.
+/// Replaces shared memory by a private copy of what it is now: the process goes on with it, and shares it no longer. Bytes
+/// that cannot be read (a file that was truncated: SIGBUS) become zero. Private memory stays as it is (`unix-excl` has its
+/// wal-index on the heap).
 ///
 /// # Safety
 ///
-/// `address` is that of `size` bytes, mapped for reading at least, in pages of their own, which nobody changes meanwhile in
+/// `address` is that of `size` bytes that may be read, in pages of their own if they are shared, which nobody uses meanwhile in
 /// this process.
 pub unsafe fn make_private(address: usize, size: usize) {
     // SAFETY: no pointers.
@@ -696,6 +697,16 @@ pub unsafe fn make_private(address: usize, size: usize) {
     let size = (address + size).next_multiple_of(page) - start;
     let memory: *mut libc::c_void = std::ptr::with_exposed_provenance_mut(start);
     let access = libc::PROT_READ | libc::PROT_WRITE;
+    // "If the value of old_size is zero, and old_address refers to a shareable mapping …, then mremap() will create a new
+    // mapping of the same pages", mremap(2); EINVAL for one that is not.
+    // SAFETY: the memory itself stays as it is.
+    let again = unsafe { libc::mremap(memory, 0, size, libc::MREMAP_MAYMOVE) };
+    if again != libc::MAP_FAILED {
+        // SAFETY: mapped just now, and known to nobody.
+        unsafe { libc::munmap(again, size) };
+    } else if io::Error::last_os_error().raw_os_error() == Some(libc::EINVAL) {
+        return;
+    }
     // write(2) says EFAULT where a load would be SIGBUS.
     // SAFETY: NUL-terminated.
     let copy = unsafe { libc::memfd_create(c"kanbanlock-fork".as_ptr(), libc::MFD_CLOEXEC) };
@@ -743,6 +754,8 @@ fn retry_eintr(call: impl Fn() -> c_int) -> io::Result<c_int> {
 
 #[cfg(test)]
 mod tests {
+    use std::os::fd::AsFd;
+
     use super::*;
 
     #[test]
@@ -753,5 +766,84 @@ mod tests {
         assert_eq!(of("monotonic"), None);
         assert_eq!(of("monotonic 9223372036854775807 0"), None);
         assert_eq!(parse_monotonic_offset(""), None);
+    }
+
+    const SIZE: usize = 1 << 16;
+
+    fn read(memory: NonNull<u8>, at: usize) -> u8 {
+        // SAFETY: mapped by the tests below, of SIZE bytes; `at` is less.
+        unsafe { memory.add(at).read_volatile() }
+    }
+
+    fn write(memory: NonNull<u8>, at: usize, byte: u8) {
+        // SAFETY: ditto.
+        unsafe { memory.add(at).write_volatile(byte) };
+    }
+
+    #[test]
+    fn shared_memory_becomes_a_private_copy() {
+        let memfd = sealed_memory("kanbanlock-test", SIZE).unwrap();
+        let [one, other] = [(); 2].map(|()| map_shared(memfd.as_fd(), SIZE, libc::O_RDWR).unwrap());
+        write(other, 0, 1);
+        write(other, 40_000, 2);
+        // SAFETY: `one` is mapped, of SIZE bytes, and nobody else's. Two regions of one mapping, as os_unix may have it.
+        unsafe { make_private(one.addr().get(), SIZE / 2) };
+        // SAFETY: ditto.
+        unsafe { make_private(one.addr().get() + SIZE / 2, SIZE / 2) };
+        assert_eq!([read(one, 0), read(one, 40_000), read(one, 7)], [1, 2, 0]);
+        write(one, 0, 3);
+        write(other, 40_000, 4);
+        assert_eq!([read(one, 0), read(one, 40_000)], [3, 2]);
+        assert_eq!([read(other, 0), read(other, 40_000)], [1, 4]);
+    }
+
+    /// A load of what was truncated would be SIGBUS.
+    #[test]
+    fn what_cannot_be_read_becomes_zero() {
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(SIZE as u64).unwrap();
+        let memory = map_shared(file.as_fd(), SIZE, libc::O_RDWR).unwrap();
+        write(memory, 5, 1);
+        write(memory, 40_000, 2);
+        file.set_len(4096).unwrap();
+        // SAFETY: mapped, of SIZE bytes, and nobody else's.
+        unsafe { make_private(memory.addr().get(), SIZE) };
+        assert_eq!([read(memory, 5), read(memory, 40_000)], [1, 0]);
+    }
+
+    #[test]
+    fn private_memory_stays_as_it_is() {
+        let bytes = vec![7_u8; SIZE];
+        let address = bytes.as_ptr().expose_provenance();
+        // SAFETY: SIZE bytes that may be read, and nobody else's.
+        unsafe { make_private(address, SIZE) };
+        assert!(bytes.iter().all(|byte| *byte == 7));
+        let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
+        let mut copies = maps.lines().filter(|line| line.contains("kanbanlock-fork"));
+        let covers = |line: &str| {
+            let (from, to) = line.split_once(' ').and_then(|(range, _)| range.split_once('-')).unwrap();
+            let [from, to] = [from, to].map(|end| usize::from_str_radix(end, 16).unwrap());
+            (from..to).contains(&address)
+        };
+        assert!(!copies.any(covers), "{maps}");
+    }
+
+    #[test]
+    fn a_dead_descriptor_is_open_on_nothing() {
+        use std::io::{Read, Write};
+        let mut file = tempfile::tempfile().unwrap();
+        file.write_all(b"kanban").unwrap();
+        let mut other = file.try_clone().unwrap();
+        kill_descriptors([file.as_raw_fd(), other.as_raw_fd()].into_iter());
+        let is_ebadf =
+            |result: io::Result<usize>| assert_eq!(result.unwrap_err().raw_os_error(), Some(libc::EBADF));
+        for file in [&mut file, &mut other] {
+            assert!(id_of(file.as_raw_fd()).is_some(), "the number is taken");
+            assert!(!is_inheritable(file.as_raw_fd()));
+            is_ebadf(file.write(b"x"));
+            is_ebadf(file.read(&mut [0]));
+            is_ebadf(file.set_len(0).map(|()| 0));
+            is_ebadf(file.sync_all().map(|()| 0));
+        }
     }
 }

@@ -26,11 +26,11 @@ fn a_forked_child_does_not_keep_a_dead_parents_lock() {
         parent
             .execute("CREATE TABLE t (x); INSERT INTO t VALUES (1); BEGIN IMMEDIATE; UPDATE t SET x = 2")
             .unwrap();
-        let child = Child(parent.ask(&Task::Fork).unwrap().parse().unwrap());
+        let child = ServingChild::of(&mut parent, &db); // it answers, so its handler has run
         let mut outsider = Agent::start();
         assert!(!outsider.is_free(&db.lock_file()), "the parent holds it");
         parent.kill();
-        assert!(child.is_alive());
+        assert!(child.process.is_alive());
         assert!(outsider.is_free(&db.lock_file()), "{journal_mode}");
         let mut writer = Agent::with_db(db.path(), "kanbanlock");
         writer.execute("BEGIN IMMEDIATE; UPDATE t SET x = x + 10; COMMIT").unwrap();
@@ -346,6 +346,25 @@ fn a_childs_own_connection_keeps_the_wal() {
         assert_eq!(is_kept, is_shimmed);
         assert_eq!(db.beside("-wal").exists(), is_shimmed);
     }
+}
+
+/// SQLite's shared cache: a connection of the child's that joins an inherited one's cache is refused with it.
+#[test]
+fn a_shared_cache_is_inherited_too() {
+    let db = TestDb::new();
+    let uri = format!("file:{}?vfs=kanbanlock&cache=shared", db.path().display());
+    let mut parent = Agent::start();
+    parent.ask(&Task::Open(uri.clone())).unwrap();
+    parent.query("PRAGMA journal_mode = wal");
+    parent.execute("CREATE TABLE t (x); INSERT INTO t VALUES (1)").unwrap();
+    let mut child = ServingChild::of(&mut parent, &db);
+    child.own(Order::Open(uri.clone())).unwrap();
+    assert!(child.own(Order::Run("SELECT x FROM t".to_owned())).is_err());
+    child.ask(&Task::Close).unwrap();
+    assert!(child.own(Order::Run("SELECT x FROM t".to_owned())).is_err());
+    child.own(Order::Open(uri)).unwrap();
+    child.own(Order::Run("UPDATE t SET x = 2".to_owned())).unwrap();
+    assert_eq!(parent.query("SELECT x FROM t"), "2");
 }
 
 /// A grandchild: neither its parent's connection nor its grandparent's, but one of its own.
