@@ -772,12 +772,12 @@ mod tests {
 
     fn read(memory: NonNull<u8>, at: usize) -> u8 {
         // SAFETY: mapped by the tests below, of SIZE bytes; `at` is less.
-        unsafe { memory.add(at).read_volatile() }
+        unsafe { memory.as_ptr().wrapping_add(at).read_volatile() }
     }
 
     fn write(memory: NonNull<u8>, at: usize, byte: u8) {
         // SAFETY: ditto.
-        unsafe { memory.add(at).write_volatile(byte) };
+        unsafe { memory.as_ptr().wrapping_add(at).write_volatile(byte) };
     }
 
     #[test]
