@@ -319,7 +319,7 @@ pub fn ofd_unlock_byte(fd: BorrowedFd<'_>, byte: usize) -> io::Result<()> {
     ofd_set(fd, libc::F_UNLCK, byte)
 }
 
-/// What `/proc/locks` calls a file: [`FileId::in_proc_locks`], but on btrfs and on some overlays, where stat(2) has other
+/// What `/proc/locks` calls a file: the numbers that stat(2) gives, but on btrfs and on some overlays, where stat(2) has other
 /// numbers than the kernel's own. It is asked by a read lock on a byte that nobody uses, and shown in
 /// `/proc/self/fdinfo/FD`: `lock: 1: OFDLCK ADVISORY READ -1 00:2e:131 2147483647 2147483647`. proc_pid_fdinfo(5)
 pub fn name_in_proc_locks(fd: BorrowedFd<'_>) -> Option<String> {
