@@ -18,20 +18,21 @@
 //! - Only LOCK_NB: nothing here waits for another process, but for the bounded [`Gate::await_acquire`]. Waiting is for
 //!   xSleep (`wait.rs`), when SQLite holds no lock; here a refusal leaves the note that it needs.
 //! - While others wait, the queue (`queue.rs`) says who may try the flock. Without it: whoever comes.
-//! - In a process that a holder of the gate has started (`held.rs`), the gate is an inner one: a lock of the same lock file
-//!   that strangers do not take. The outer locks are asked for first, at each acquire, through what was inherited. There is
-//!   no queue then: its board is the strangers', who wait for the outer lock, and must not come first.
+//! - In a process that a holder of the gate has started (`inner_gates.rs`), the gate is an inner one: a lock of the same
+//!   lock file that strangers do not take. The outer locks are asked for first, at each acquire, through what was
+//!   inherited. There is no queue then: its board is the strangers', who wait for the outer lock, and must not come
+//!   first.
 //! - errno is left as it was found.
 //!
 //! ## Cost
-//! Uncontended: flock and flock for a whole write transaction, and once in a tick three fstat. No allocation, no mutex. The descriptor is
-//! opened at the first write lock (a reader never touches the lock file) and kept until xClose.
+//! Uncontended: flock and flock for a whole write transaction, and once in a tick three fstat. No allocation, no mutex.
+//! The descriptor is opened at the first write lock (a reader never touches the lock file) and kept until xClose.
 //!
 //! A flock belongs to the open file description (flock(2)), not to the process: two connections of one process
 //! exclude each other, and a `close()` elsewhere in the process does not cancel it, unlike the POSIX locks
 //! beneath SQLite.
 //!
-//! Uses: `wait`, `hint`, `held`, `holder`, `queue`, `fork`, `host`, `refusal`, `events`, `sys`, `stats`, `error`.
+//! Uses: `wait`, `hint`, `inner_gates`, `holder`, `queue`, `fork`, `host`, `refusal`, `events`, `sys`, `stats`, `error`.
 
 use std::cell::{Cell, RefCell};
 use std::ffi::{CStr, CString, OsStr, c_int};
@@ -46,11 +47,11 @@ use std::time::Duration;
 use crate::error::rc;
 use crate::events::{self, About};
 use crate::fork;
-use crate::held;
 use crate::hint::{self, NoBoard};
 use crate::holder;
 use crate::host::Host;
-use crate::queue::{Micros, Seat};
+use crate::inner_gates;
+use crate::queue::{Enqueued, Micros, Seat};
 use crate::refusal::Failure;
 use crate::stats;
 use crate::sys::{self, Create, ErrnoGuard, FileId, Tick};
@@ -138,7 +139,7 @@ pub struct LockFile {
     /// How long this connection may go on while others wait.
     slice: Micros,
     /// [`Seat::wants_exclusive`]
-    leaves: Cell<u32>,
+    shared_releases: Cell<u32>,
     no_queue_until: Cell<Micros>,
     has_warned_no_queue: Cell<bool>,
     held: Cell<bool>,
@@ -161,7 +162,7 @@ pub struct LockFile {
 struct Descriptor {
     fd: OwnedFd,
     id: FileId,
-    /// Mostly none: `held.rs`.
+    /// Usually empty; see `inner_gates.rs`.
     outer: Vec<OwnedFd>,
     /// When it was last checked that the name leads to it; `None`: not yet.
     checked: Option<Checked>,
@@ -192,15 +193,15 @@ impl Descriptor {
     #[inline(never)]
     fn try_lock_inside(&self) -> io::Result<bool> {
         for (depth, outer) in self.outer.iter().enumerate() {
-            if !held::try_lock(outer.as_fd(), depth)? {
+            if !inner_gates::try_lock(outer.as_fd(), depth)? {
                 return Ok(false);
             }
         }
-        held::try_lock(self.fd.as_fd(), self.outer.len())
+        inner_gates::try_lock(self.fd.as_fd(), self.outer.len())
     }
 
     fn unlock(&self) -> io::Result<()> {
-        held::unlock(self.fd.as_fd(), self.outer.len())
+        inner_gates::unlock(self.fd.as_fd(), self.outer.len())
     }
 
     /// True if this tick has already seen that it is ours.
@@ -228,7 +229,7 @@ impl LockFile {
             descriptor: RefCell::new(None),
             seat: RefCell::new(None),
             slice: waiting.slice,
-            leaves: Cell::new(0),
+            shared_releases: Cell::new(0),
             no_queue_until: Cell::new(0),
             has_warned_no_queue: Cell::new(false),
             held: Cell::new(false),
@@ -382,7 +383,7 @@ impl LockFile {
         let is_alone = self.seat.borrow().as_ref().is_none_or(|seat| seat.is_alone());
         if is_alone && self.try_flock()? {
             if let Some(seat) = &*self.seat.borrow() {
-                seat.holds(sys::tick().micros());
+                seat.note_holder(sys::tick().micros());
             }
             return Ok(true);
         }
@@ -393,7 +394,7 @@ impl LockFile {
     fn seat_or_new(&self) -> Option<Arc<ConnectionSeat>> {
         // A reader that has to wait has not opened the lock file.
         let is_inside =
-            self.descriptor.borrow().as_ref().map_or(held::is_inside(), |open| !open.outer.is_empty());
+            self.descriptor.borrow().as_ref().map_or(inner_gates::is_inside(), |open| !open.outer.is_empty());
         if is_inside {
             return None;
         }
@@ -412,8 +413,8 @@ impl LockFile {
             return if is_refused { Ok(false) } else { self.try_flock() };
         };
         let now = sys::micros();
-        seat.asks(now);
-        let mut seen = seat.releases();
+        seat.note_attempt(now);
+        let mut seen = seat.release_count();
         // Again after a first refusal: whoever released the gate meanwhile may not have seen that we wait.
         for _ in 0..2 {
             if seat.may_try(now) && self.try_flock()? {
@@ -421,10 +422,10 @@ impl LockFile {
                 wait::over();
                 return Ok(true);
             }
-            if !seat.waits(now) {
+            if seat.enqueue(now) == Enqueued::Before {
                 break;
             }
-            seen = seat.releases();
+            seen = seat.release_count();
         }
         wait::refused(&seat, Want::Gate, seen, now);
         Ok(false)
@@ -478,13 +479,13 @@ impl LockFile {
         if !attributes.is_regular() {
             return Err(Failure::not_regular(&self.path, &attributes));
         }
-        let held::Outer { descriptors: outer, complaint } = held::outer(attributes.id);
+        let inner_gates::Outer { descriptors: outer, complaint } = inner_gates::outer(attributes.id);
         if let Some(complaint) = complaint {
             self.log(
                 rc::WARNING,
                 &format!(
                     "kanbanlock: {} names a holder of {}, but its {complaint}. This connection waits for that holder",
-                    held::VARIABLE,
+                    inner_gates::VARIABLE,
                     self.path().display()
                 ),
             );
@@ -513,7 +514,7 @@ impl LockFile {
         let Some(open) = descriptor.as_ref() else { return };
         let seat = self.seat.borrow();
         if let Some(seat) = &*seat {
-            seat.releases_now();
+            seat.note_releasing();
         }
         if how == How::Close {
             close(&mut descriptor);
@@ -528,7 +529,7 @@ impl LockFile {
             close(&mut descriptor);
         }
         if let Some(seat) = seat.as_ref().filter(|seat| !seat.is_alone()) {
-            seat.released(sys::micros());
+            seat.choose_next(sys::micros());
         }
     }
 
@@ -546,7 +547,7 @@ impl LockFile {
         let descriptor = self.descriptor.borrow();
         let Descriptor { fd, id, .. } = descriptor.as_ref().ok_or(io::ErrorKind::NotFound)?;
         let number = sys::inherit(command, fd.as_fd())?;
-        command.env(held::VARIABLE, held::variable_with(number, *id));
+        command.env(inner_gates::VARIABLE, inner_gates::variable_with(number, *id));
         Ok(())
     }
 
@@ -581,8 +582,8 @@ impl LockFile {
         }
         self.refusals.set(self.refusals.get().saturating_add(1));
         let waited = now.saturating_sub(self.waits_since.get());
-        // At the 10th, 20th, 40th … refusal, not at each: to read /proc/locks took some 10 ms here. (It excludes all that take
-        // or give up a lock on any processor: `locks_start` in the kernel's fs/locks.c.)
+        // At the 10th, 20th, 40th … refusal, not at each: to read /proc/locks took some 10 ms here. (It excludes all that
+        // take or give up a lock on any processor: `locks_start` in the kernel's fs/locks.c.)
         let rounds = self.refusals.get() / SELF_DEADLOCK_REFUSALS;
         let is_time = self.refusals.get() % SELF_DEADLOCK_REFUSALS == 0 && rounds.is_power_of_two();
         if is_time && !self.has_warned_self_deadlock.get() {
@@ -607,7 +608,7 @@ impl LockFile {
             let holder = holder::flock_holder(open.fd.as_fd(), open.id);
             holder == Some(std::process::id()) && stats::snapshot().held == 0
         };
-        let has_inherited = || held::is_flocked_here(open.id) && stats::snapshot().held == 0;
+        let has_inherited = || inner_gates::is_flocked_here(open.id) && stats::snapshot().held == 0;
         let is_own = is_own() && is_own();
         if is_own || (has_inherited() && has_inherited()) {
             self.has_warned_self_deadlock.set(true);
@@ -637,7 +638,7 @@ impl LockFile {
         let holder = match holder::flock_holder(open.fd.as_fd(), open.id) {
             // OFD locks have no pid (/proc/locks says -1).
             _ if !open.outer.is_empty() => {
-                format!("held by another of those that {} was handed down to", held::VARIABLE)
+                format!("held by another of those that {} was handed down to", inner_gates::VARIABLE)
             }
             Some(pid) => {
                 format!("held by process {pid} ({}){}", holder::command_line(pid), self.held_for(pid))
@@ -712,7 +713,7 @@ impl Gate for LockFile {
         let _errno = ErrnoGuard::new();
         let end = sys::micros() + CHECKPOINT_WAIT;
         loop {
-            let seen = self.seat.borrow().as_ref().map_or(0, |seat| seat.releases());
+            let seen = self.seat.borrow().as_ref().map_or(0, |seat| seat.release_count());
             if self.try_acquire()? {
                 return Ok(true);
             }
@@ -726,7 +727,7 @@ impl Gate for LockFile {
                 return Ok(false);
             }
             match seat {
-                Some(seat) => drop(seat.wait(left, seen, || seat.board().0.is_free())),
+                Some(seat) => drop(seat.sleep_until_next(left, seen, || seat.board().0.is_free())),
                 None => std::thread::sleep(CHECKPOINT_POLL),
             }
         }
@@ -744,7 +745,7 @@ impl Gate for LockFile {
         let _errno = ErrnoGuard::new();
         if let Some(seat) = self.seat_or_new() {
             // Whatever was released since then was not waited for: have a look at once.
-            wait::refused(&seat, Want::Gate, seat.releases().wrapping_sub(1), sys::micros());
+            wait::refused(&seat, Want::Gate, seat.release_count().wrapping_sub(1), sys::micros());
         }
     }
 
@@ -762,13 +763,18 @@ impl Gate for LockFile {
         // A writer will want the gate next, so it waits for that; many readers can go on at once.
         seat.unreserve();
         let what = if seat.is_writer() { Want::Gate } else { Want::Release };
-        wait::refused(&seat, what, seat.releases().wrapping_sub(u32::from(seat.is_writer())), sys::micros());
+        wait::refused(
+            &seat,
+            what,
+            seat.release_count().wrapping_sub(u32::from(seat.is_writer())),
+            sys::micros(),
+        );
     }
 
     #[inline]
     fn exclusive_begin(&self) {
         if let Some(seat) = &*self.seat.borrow() {
-            self.leaves.set(seat.wants_exclusive());
+            self.shared_releases.set(seat.wants_exclusive());
         }
     }
 
@@ -776,7 +782,7 @@ impl Gate for LockFile {
     fn exclusive_end(&self, is_refused: bool) {
         let Some(seat) = &*self.seat.borrow() else { return };
         if is_refused {
-            wait::refused(seat, Want::Exclusive, self.leaves.get(), sys::micros());
+            wait::refused(seat, Want::Exclusive, self.shared_releases.get(), sys::micros());
         } else {
             seat.exclusive_over();
         }

@@ -170,7 +170,7 @@ pub fn view<T>(path: &CStr, lock_file: FileId, look: impl FnOnce(&Board) -> T) -
         return because("it is not a regular file; remove it");
     }
     sys::learn_time_namespace()?;
-    let place = Place::parse(&read(&mut file)?, path)?.ok_or(NoBoard::Nobody)?;
+    let place = MemoryAddress::parse(&read(&mut file)?, path)?.ok_or(NoBoard::Nobody)?;
     let memory = place.open(lock_file, libc::O_RDONLY)?.ok_or(NoBoard::Nobody)?;
     Ok(look(Mapping::new(&memory, libc::O_RDONLY)?.board()))
 }
@@ -187,7 +187,7 @@ fn open(path: &CStr, hint_path: &CStr, lock_file: FileId, may_create: bool) -> R
     sys::learn_time_namespace()?;
     for attempt in 0.. {
         let text = read(&mut file)?;
-        if let Some(place) = Place::parse(&text, path)? {
+        if let Some(place) = MemoryAddress::parse(&text, path)? {
             match place.open(lock_file, libc::O_RDWR) {
                 Ok(Some(memory)) => return Hint::new(memory, path, lock_file, file, text),
                 Ok(None) if !place.is_kept(&file) => {}
@@ -281,8 +281,12 @@ fn make(path: &CStr, lock_file: FileId, file: &mut File) -> Result<Option<(Owned
     let mapping = Mapping::new(&memory, libc::O_RDWR)?;
     mapping.board().initialise(lock_file.numbers());
     let inode = sys::fstat(memory.as_fd())?.id.numbers().1;
-    let place =
-        Place { namespace: pid_namespace()?, pid: std::process::id(), fd: fd_number(&memory)?, inode };
+    let place = MemoryAddress {
+        namespace: pid_namespace()?,
+        pid: std::process::id(),
+        fd: fd_number(&memory)?,
+        inode,
+    };
     let text = place.text();
     // Where the file system has no such locks (EINVAL, ENOLCK), `is_kept` cannot tell either.
     let _ = sys::ofd_share_byte_nb(file.as_fd(), place.byte());
@@ -301,21 +305,21 @@ fn pid_namespace() -> io::Result<u64> {
 }
 
 /// What a hint file says.
-struct Place {
+struct MemoryAddress {
     namespace: u64,
     pid: u32,
     fd: u32,
     inode: u64,
 }
 
-impl Place {
+impl MemoryAddress {
     fn text(&self) -> String {
-        let Place { namespace, pid, fd, inode } = self;
+        let MemoryAddress { namespace, pid, fd, inode } = self;
         format!("{TITLE}{namespace} {pid} {fd} {inode}\n")
     }
 
     /// `None`: it is empty, damaged, or half-written.
-    fn parse(text: &str, path: &CStr) -> Result<Option<Place>, NoBoard> {
+    fn parse(text: &str, path: &CStr) -> Result<Option<MemoryAddress>, NoBoard> {
         let Some(line) = text.strip_prefix(TITLE) else {
             if TITLE.starts_with(text) {
                 return Ok(None);
@@ -327,8 +331,9 @@ impl Place {
         let mut next = || numbers.next().and_then(Result::ok);
         let (namespace, pid, fd, inode) = (next(), next(), next(), next());
         let narrow = |number: Option<u64>| number.and_then(|number| u32::try_from(number).ok());
-        let place =
-            || Some(Place { namespace: namespace?, pid: narrow(pid)?, fd: narrow(fd)?, inode: inode? });
+        let place = || {
+            Some(MemoryAddress { namespace: namespace?, pid: narrow(pid)?, fd: narrow(fd)?, inode: inode? })
+        };
         Ok(place())
     }
 

@@ -2,8 +2,8 @@
 //!
 //! ## Key operations
 //! [`Hold::acquire`] takes the gate as a connection would, in the queue with them; [`Hold::hand_down`] lets a program that is
-//! started meanwhile write all the same (`held.rs`). Dropped, it closes the lock file and does not unlock it, so that what it
-//! was handed down to keeps the gate.
+//! started meanwhile write all the same (`inner_gates.rs`). Dropped, it closes the lock file and does not unlock it, so
+//! that what it was handed down to keeps the gate.
 //!
 //! Uses: `gate`, `fork`, `host`, `wait`, `events`.
 

@@ -35,8 +35,8 @@ pub fn read_flock_holder(path: &CStr, id: FileId) -> io::Result<Option<u32>> {
     Ok(flock_holders(&locks, &name(device, inode)).find(|pid| has_open(*pid, id).unwrap_or(true)))
 }
 
-/// Who holds a flock on the lock file `id` that `fd` is open on. The kernel is asked what it is called in `/proc/locks`, so this
-/// finds the holder on any file system. What cannot be read is nobody.
+/// Who holds a flock on the lock file `id` that `fd` is open on. The kernel is asked what it is called in `/proc/locks`,
+/// so this finds the holder on any file system. What cannot be read is nobody.
 pub fn flock_holder(fd: BorrowedFd<'_>, id: FileId) -> Option<u32> {
     let locks = std::fs::read_to_string("/proc/locks").ok()?;
     let holder = flock_holders(&locks, &name(id.device(), id.numbers().1)).next();

@@ -3,10 +3,10 @@
 //! ## The bug
 //! SQLite writes to the WAL and the journal by descriptors that belong to the real VFS, and to the wal-index by shared
 //! memory, without any call. A child shares all of it with its parent. If it merely closes a connection that it has
-//! inherited in the middle of a write transaction, it rolls the *parent's* transaction back: it takes the parent's frames out of the
-//! shared wal-index, and the parent's COMMIT is acknowledged without them; or it deletes the parent's journal. And a
-//! connection that it opens by itself finds the inherited one in os_unix's list of inodes, takes part in locks that only
-//! the parent has, and makes no lock call of its own.
+//! inherited in the middle of a write transaction, it rolls the *parent's* transaction back: it takes the parent's frames
+//! out of the shared wal-index, and the parent's COMMIT is acknowledged without them; or it deletes the parent's journal.
+//! And a connection that it opens by itself finds the inherited one in os_unix's list of inodes, takes part in locks that
+//! only the parent has, and makes no lock call of its own.
 //!
 //! ## Definitions
 //! *File*: a database file, open through the shim. *Ours*: a descriptor that os_unix has opened at the shim's request

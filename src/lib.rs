@@ -72,10 +72,10 @@
 //!
 //! # Why
 //!
-//! Stock SQLite does lock across processes. What kanbanlock adds: its locks survive a stray `close()` elsewhere in the process,
-//! which drops POSIX locks; two copies of SQLite in one process exclude each other; the WAL-reset race of SQLite before 3.51.3
-//! is closed; writers that wait are served in the order in which they came; a database, `-wal` or `-shm` that was moved or
-//! deleted beneath a connection is noticed; and anything that can flock can hold writers off.
+//! Stock SQLite does lock across processes. What kanbanlock adds: its locks survive a stray `close()` elsewhere in the
+//! process, which drops POSIX locks; two copies of SQLite in one process exclude each other; the WAL-reset race of SQLite
+//! before 3.51.3 is closed; writers that wait are served in the order in which they came; a database, `-wal` or `-shm`
+//! that was moved or deleted beneath a connection is noticed; and anything that can flock can hold writers off.
 //!
 //! # Options
 //!
@@ -97,8 +97,8 @@
 //! # Logging
 //!
 //! Every refusal and warning of the shim is a line in SQLite's error log: `rusqlite::trace::config_log`,
-//! `sqlite3_config(SQLITE_CONFIG_LOG, …)`. With the feature `log` or `tracing` it is an event of the crate of that name, too, with
-//! the target `kanbanlock`:
+//! `sqlite3_config(SQLITE_CONFIG_LOG, …)`. With the feature `log` or `tracing` it is an event of the crate of that name,
+//! too, with the target `kanbanlock`:
 //!
 //! | field | |
 //! |---|---|
@@ -107,11 +107,11 @@
 //! | `database` | its path, if the line is about one |
 //! | `waited_ms` | how long, if it is about a wait for the lock |
 //!
-//! A wait of [`Options::warn_after`] or longer makes two: a warning that names the holder, and information when it is over (which
-//! SQLite's log does not have). Nothing is logged, or kept for it, where nobody waits and nothing is wrong. Events come in
-//! the connection's thread, when the call that they are about has given up its locks; so a logger may use SQLite, and even
-//! kanbanlock, though what *it* does makes no events. One that panics changes nothing. An application that forwards SQLite's log
-//! to the same place has each line twice.
+//! A wait of [`Options::warn_after`] or longer makes two: a warning that names the holder, and information when it is
+//! over (which SQLite's log does not have). Nothing is logged, or kept for it, where nobody waits and nothing is wrong.
+//! Events come in the connection's thread, when the call that they are about has given up its locks; so a logger may use
+//! SQLite, and even kanbanlock, though what *it* does makes no events. One that panics changes nothing. An application
+//! that forwards SQLite's log to the same place has each line twice.
 //!
 //! # How it is built
 //!
@@ -136,12 +136,12 @@ pub mod ffi;
 mod file;
 mod fork;
 mod gate;
-mod held;
 mod hint;
 mod hold;
 mod holder;
 mod host;
 mod inherited;
+mod inner_gates;
 mod inspect;
 mod io;
 mod lock;

@@ -231,8 +231,8 @@ impl Options {
         self
     }
 
-    /// How long a connection waits for the flock before a line in the log says who holds it, where the URI does not say; zero:
-    /// it does not. Default: 2 s.
+    /// How long a connection waits for the flock before a line in the log says who holds it, where the URI does not say;
+    /// zero: it does not. Default: 2 s.
     #[must_use]
     pub fn warn_after(mut self, wait: Duration) -> Options {
         self.file.waiting.warn_after = Micros::try_from(wait.as_micros()).unwrap_or(Micros::MAX);

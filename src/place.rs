@@ -2,9 +2,10 @@
 //!
 //! ## The bug
 //! A file that is deleted, renamed or replaced (`rm kanban.db-wal`, `mv backup.db kanban.db`) lives on, nameless, in whoever
-//! has it open. What is committed into it is acknowledged, and nobody who opens the database afterwards finds it. In rollback mode SQLite looks at the database's name before it
-//! opens a journal *file* (`databaseIsUnmoved` in pager.c); in WAL mode, and with `journal_mode=MEMORY`, nothing does.
-//! A database with two names (hard links) has two WALs, two `-shm` and two lock files, so two writers.
+//! has it open. What is committed into it is acknowledged, and nobody who opens the database afterwards finds it. In
+//! rollback mode SQLite looks at the database's name before it opens a journal *file* (`databaseIsUnmoved` in pager.c);
+//! in WAL mode, and with `journal_mode=MEMORY`, nothing does. A database with two names (hard links) has two WALs, two
+//! `-shm` and two lock files, so two writers.
 //!
 //! ## Key operations
 //! [`Place::check`], when the gate has just been acquired (row M1 of the table in `state.rs`): lstat(2) of each name.

@@ -5,27 +5,27 @@
 //! Whatever stands on the board, nobody writes without the flock: a board full of garbage costs time, nothing else.
 //!
 //! ## Definitions
-//! *Seat*: one connection's place at the board, with an `id`. *Slot*: one of the board's 63 places for those that wait.
+//! *Seat*: one connection's place at the board, with an `id`. *Entry*: one of the board's 63 places for those that wait.
 //! *Ticket*: the number that a seat draws when it starts to wait, and keeps until it has had the gate; the lowest is next.
-//! *Asleep*: in [`Seat::wait`], wakeable. *Away*: refused, but somewhere else: about to try again, or in a busy handler
-//! that sleeps by itself. *Reservation*: "until then the gate is for that seat". *Turn*: the time that a seat may go on
-//! acquiring while others wait, the *slice*.
+//! *Asleep*: in [`Seat::sleep_until_next`], wakeable. *Away*: refused, but somewhere else: about to try again, or in a
+//! busy handler that sleeps by itself. *Reservation*: "until then the gate is for that seat". *Turn*: the time that a
+//! seat may go on acquiring while others wait, the *slice*.
 //!
 //! ## Invariants
 //! - **Reserve, don't grant.** Nobody takes the flock for another, nor in its sleep: a retry that does not come would leave
 //!   it locked.
 //! - **No barging.** While somebody lives that is asleep with a lower ticket, or while the gate is reserved for another,
 //!   a seat does not try the flock; but in its own slice.
-//! - **No lost wake.** A waiter has its slot on the board *before* it tries the flock for the last time, and a releaser
+//! - **No lost wake.** A waiter has its entry on the board *before* it tries the flock for the last time, and a releaser
 //!   looks at the board *after* it has unlocked the flock; then it raises `releases` *before* it looks who is asleep, and a
 //!   waiter looks at `releases` *after* it has marked itself asleep. Each of these pairs is sequentially consistent.
-//! - **Nothing lasts.** Whatever says "wait for me" has a date: a reservation [`LEASE`], a slot until its `due`. A process
+//! - **Nothing lasts.** Whatever says "wait for me" has a date: a reservation [`LEASE`], an entry until its `due`. A process
 //!   that is killed or stopped delays the others by that much, and what garbage says is over as soon. A date that is too
 //!   far away is none.
 //! - **A date is not the truth**: who was passed over because it was late keeps its ticket, and is then next.
 //!
-//! All of this is safe Rust over atomics. `hint.rs` finds the memory, `wait.rs` calls [`Seat::wait`] from xSleep, `gate.rs`
-//! the rest.
+//! All of this is safe Rust over atomics. `hint.rs` finds the memory, `wait.rs` calls [`Seat::sleep_until_next`] from
+//! xSleep, `gate.rs` the rest.
 //!
 //! Uses: `sys`.
 
@@ -42,10 +42,11 @@ use crate::tests::world::{self as sys, AtomicBool, AtomicU32, AtomicU64};
 /// Microseconds of [`sys::micros`].
 pub type Micros = u64;
 
-/// How many can wait at one lock file. Whoever finds no slot sleeps and tries again, as stock SQLite does.
-pub const SLOTS: usize = 63;
-/// In `Board::queued`, beside a bit for each slot: somebody waits for the next release with no slot ([`Seat::wait_release`]).
-const ANYBODY: u64 = 1 << SLOTS;
+/// How many can wait at one lock file. Whoever finds no entry sleeps and tries again, as stock SQLite does.
+pub const ENTRIES: usize = 63;
+/// In `Board::queued`, beside a bit for each entry: somebody waits for the next release with no entry
+/// ([`Seat::wait_release`]).
+const ANYBODY: u64 = 1 << ENTRIES;
 
 /// How long the gate is kept for the one that was woken.
 const LEASE: Micros = 2_000;
@@ -86,14 +87,14 @@ struct Line<T>(T);
 #[derive(Debug, Default)]
 pub struct Board {
     identity: Line<Identity>,
-    /// One bit for each slot in use. What every acquire and release looks at.
+    /// One bit for each entry in use. What every acquire and release looks at.
     queued: Line<AtomicU64>,
     /// The process that holds the gate, and since when, in milliseconds: `pid << 40 | since`; 0: none that we know.
     holder: Line<AtomicU64>,
     turn: Line<Turn>,
     tickets: Line<AtomicU64>,
     seats: AtomicU32,
-    slots: Slots,
+    entries: Entries,
 }
 
 #[repr(C)]
@@ -115,7 +116,7 @@ struct Turn {
     /// Not 0: the owner waits for EXCLUSIVE, until the last SHARED lock is gone.
     exclusive: AtomicU32,
     /// Raised by each connection that gives up SHARED meanwhile.
-    leaves: AtomicU32,
+    shared_releases: AtomicU32,
     /// The owner has released the gate, but will ask for it again before this moment.
     kept: AtomicU64,
     /// When the gate was last left alone for a seat that was to be rescued.
@@ -127,17 +128,17 @@ struct Turn {
 /// An array of so many has no `Default`.
 #[repr(C)]
 #[derive(Debug)]
-struct Slots([Line<Slot>; SLOTS]);
+struct Entries([Line<Entry>; ENTRIES]);
 
-impl Default for Slots {
-    fn default() -> Slots {
-        Slots(std::array::from_fn(|_| Line::default()))
+impl Default for Entries {
+    fn default() -> Entries {
+        Entries(std::array::from_fn(|_| Line::default()))
     }
 }
 
 #[repr(C)]
 #[derive(Debug, Default)]
-struct Slot {
+struct Entry {
     /// `id << 8 | IS_AWAY or IS_ASLEEP`, or [`FREE`].
     state: AtomicU64,
     ticket: AtomicU64,
@@ -150,15 +151,15 @@ struct Slot {
     /// When it was refused last, and how long after the time before.
     refused: AtomicU64,
     interval: AtomicU64,
-    /// The process that waits, and since when it has had this slot: for those that look on.
+    /// The process that waits, and since when it has had this entry: for those that look on.
     since: AtomicU64,
     pid: AtomicU32,
 }
 
-/// A slot as somebody else sees it.
+/// An entry as somebody else sees it.
 #[derive(Clone, Copy, Debug)]
 struct Waiter {
-    slot: usize,
+    entry: usize,
     id: u32,
     ticket: u64,
     is_asleep: bool,
@@ -169,7 +170,7 @@ struct Waiter {
 pub struct Glimpse {
     /// The process that holds the gate, and since when.
     pub holder: Option<(u32, Micros)>,
-    /// Those that wait, the next first: process, since when, and whether it sleeps in [`Seat::wait`].
+    /// Those that wait, the next first: process, since when, and whether it sleeps in [`Seat::sleep_until_next`].
     pub waiters: Vec<(u32, Micros, bool)>,
     /// How many tickets were drawn.
     pub tickets: u64,
@@ -183,11 +184,11 @@ impl Board {
     /// What the board says now. Reads only.
     pub fn glimpse(&self, now: Micros) -> Glimpse {
         let mut waiters: Vec<(u64, (u32, Micros, bool))> = Vec::new();
-        for Line(slot) in &self.slots.0 {
-            let state = slot.state.load(SeqCst);
-            if state != FREE && is_ahead(slot.due.load(SeqCst), now) {
-                let waiter = (slot.pid.load(Relaxed), slot.since.load(Relaxed), state & 0xff == IS_ASLEEP);
-                waiters.push((slot.ticket.load(Relaxed), waiter));
+        for Line(entry) in &self.entries.0 {
+            let state = entry.state.load(SeqCst);
+            if state != FREE && is_ahead(entry.due.load(SeqCst), now) {
+                let waiter = (entry.pid.load(Relaxed), entry.since.load(Relaxed), state & 0xff == IS_ASLEEP);
+                waiters.push((entry.ticket.load(Relaxed), waiter));
             }
         }
         waiters.sort_by_key(|(ticket, _)| *ticket);
@@ -225,8 +226,8 @@ impl Board {
         (pid != 0).then_some((pid, (holder & ((1 << 40) - 1)) * 1000))
     }
 
-    fn slot(&self, index: usize) -> &Slot {
-        &self.slots.0[index % SLOTS].0
+    fn entry(&self, index: usize) -> &Entry {
+        &self.entries.0[index % ENTRIES].0
     }
 
     /// The seat that the gate is reserved for.
@@ -242,31 +243,31 @@ impl Board {
         reserved_for(seen, now).is_none() && word.compare_exchange(seen, new, SeqCst, SeqCst).is_ok()
     }
 
-    /// Those that wait and are alive. Dead slots are freed on the way.
+    /// Those that wait and are alive. Dead entries are freed on the way.
     fn waiters(&self, now: Micros) -> impl Iterator<Item = Waiter> + '_ {
         let mut bits = self.queued.0.load(SeqCst) & !ANYBODY;
         std::iter::from_fn(move || {
             if bits == 0 {
                 return None;
             }
-            let slot = bits.trailing_zeros() as usize;
+            let entry = bits.trailing_zeros() as usize;
             bits &= bits - 1;
-            Some(slot)
+            Some(entry)
         })
-        .filter_map(move |slot| self.look(slot, now))
+        .filter_map(move |entry| self.look(entry, now))
     }
 
     fn look(&self, index: usize, now: Micros) -> Option<Waiter> {
-        let slot = self.slot(index);
-        let state = slot.state.load(SeqCst);
-        if state != FREE && is_ahead(slot.due.load(SeqCst), now) {
+        let entry = self.entry(index);
+        let state = entry.state.load(SeqCst);
+        if state != FREE && is_ahead(entry.due.load(SeqCst), now) {
             let id = u32::try_from(state >> 8).ok()?;
-            let ticket = slot.ticket.load(Relaxed);
-            return Some(Waiter { slot: index, id, ticket, is_asleep: state & 0xff == IS_ASLEEP });
+            let ticket = entry.ticket.load(Relaxed);
+            return Some(Waiter { entry: index, id, ticket, is_asleep: state & 0xff == IS_ASLEEP });
         }
         if state != FREE {
             self.free(index, state); // dead
-        } else if self.is_queued(index) && slot.state.load(SeqCst) == FREE {
+        } else if self.is_queued(index) && entry.state.load(SeqCst) == FREE {
             // Left behind. (The bit that we have seen is mostly an old one.)
             self.free(index, FREE);
         }
@@ -277,11 +278,11 @@ impl Board {
         self.queued.0.load(SeqCst) & 1 << index != 0
     }
 
-    /// Frees a slot in this state. The bit first: whoever claims the slot then sets it after.
+    /// Frees an entry in this state. The bit first: whoever claims the entry then sets it after.
     fn free(&self, index: usize, state: u64) {
-        let slot = self.slot(index);
+        let entry = self.entry(index);
         self.queued.0.fetch_and(!(1 << index), SeqCst);
-        if slot.state.compare_exchange(state, FREE, SeqCst, SeqCst).is_err() {
+        if entry.state.compare_exchange(state, FREE, SeqCst, SeqCst).is_err() {
             // Its owner is back, or it has another one.
             self.queued.0.fetch_or(1 << index, SeqCst);
         }
@@ -304,15 +305,15 @@ impl Board {
             return None;
         }
         let is_stranded = |waiter: &Waiter| {
-            let slot = self.slot(waiter.slot);
+            let entry = self.entry(waiter.entry);
             !waiter.is_asleep
                 && waiter.ticket < sleeper.ticket
-                && slot.refusals.load(Relaxed) >= RESCUE_REFUSALS
+                && entry.refusals.load(Relaxed) >= RESCUE_REFUSALS
         };
         let stranded = self.waiters(now).filter(is_stranded).min_by_key(|waiter| waiter.ticket)?;
-        let slot = self.slot(stranded.slot);
-        let interval = slot.interval.load(Relaxed);
-        let expected = slot.refused.load(Relaxed).saturating_add(interval);
+        let entry = self.entry(stranded.entry);
+        let interval = entry.interval.load(Relaxed);
+        let expected = entry.refused.load(Relaxed).saturating_add(interval);
         // Until shortly before, the others can go on; and it may be late: twice as long, and a little.
         let wait = expected.saturating_sub(now);
         let lease = expected.saturating_add(interval).saturating_add(LEASE).saturating_sub(now);
@@ -338,9 +339,9 @@ pub struct Seat<B: AsRef<Board>> {
     slice: Micros,
     /// 0: not waiting.
     ticket: AtomicU64,
-    /// [`SLOTS`]: none.
-    slot: AtomicU32,
-    /// As in [`Slot`], where others may see it; a slot is lost when the seat is late, this is not.
+    /// [`ENTRIES`]: none.
+    entry: AtomicU32,
+    /// As in [`Entry`], where others may see it; an entry is lost when the seat is late, this is not.
     refusals: AtomicU32,
     refused: AtomicU64,
     interval: AtomicU64,
@@ -350,17 +351,26 @@ pub struct Seat<B: AsRef<Board>> {
     /// It has asked for the gate in this transaction; and in the last.
     has_asked: AtomicBool,
     is_writer: AtomicBool,
-    /// Those that wait with no slot are to be woken too.
+    /// Those that wait with no entry are to be woken too.
     wakes_all: AtomicBool,
     /// When its slice ends, if the turn is its own.
     turn_ends: AtomicU64,
     /// It has released the gate and told nobody, since it was to ask again within its slice.
     owes: AtomicBool,
-    /// The slot to wake, plus one; 0: none.
-    wake: AtomicU32,
+    /// The entry to wake, plus one; 0: none.
+    pending_wake: AtomicU32,
 }
 
-/// What [`Seat::wait`] did.
+/// Since when a seat waits that was refused ([`Seat::enqueue`]).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Enqueued {
+    /// From now on: the flock must be tried once more, since whoever released it meanwhile may not have seen this seat.
+    Now,
+    /// It did before.
+    Before,
+}
+
+/// What [`Seat::sleep_until_next`] did.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Waited {
     /// How long it slept.
@@ -372,7 +382,7 @@ pub struct Waited {
 impl<B: AsRef<Board>> Seat<B> {
     /// A new seat at `board`.
     pub fn new(board: B, slice: Micros) -> Seat<B> {
-        // 0 means nobody. After four billion connections an old number may come again; by then its slot is long dead.
+        // 0 means nobody. After four billion connections an old number may come again; by then its entry is long dead.
         let id = board.as_ref().seats.fetch_add(1, Relaxed).wrapping_add(1).max(1);
         Seat {
             board,
@@ -380,7 +390,7 @@ impl<B: AsRef<Board>> Seat<B> {
             pid: std::process::id(),
             slice,
             ticket: AtomicU64::new(0),
-            slot: AtomicU32::new(NO_SLOT),
+            entry: AtomicU32::new(NO_ENTRY),
             refusals: AtomicU32::new(0),
             refused: AtomicU64::new(0),
             interval: AtomicU64::new(0),
@@ -391,7 +401,7 @@ impl<B: AsRef<Board>> Seat<B> {
             wakes_all: AtomicBool::new(false),
             turn_ends: AtomicU64::new(0),
             owes: AtomicBool::new(false),
-            wake: AtomicU32::new(0),
+            pending_wake: AtomicU32::new(0),
         }
     }
 
@@ -415,13 +425,13 @@ impl<B: AsRef<Board>> Seat<B> {
         self.at().queued.0.load(SeqCst) == 0
     }
 
-    /// To be read before [`Seat::may_try`], and passed to [`Seat::wait`].
-    pub fn releases(&self) -> u32 {
+    /// To be read before [`Seat::may_try`], and passed to [`Seat::sleep_until_next`].
+    pub fn release_count(&self) -> u32 {
         self.at().turn.0.releases.load(SeqCst)
     }
 
     /// The connection asks for the gate.
-    pub fn asks(&self, now: Micros) {
+    pub fn note_attempt(&self, now: Micros) {
         self.has_asked.store(true, Relaxed);
         let released = self.released.swap(0, Relaxed);
         if released != 0 {
@@ -447,9 +457,8 @@ impl<B: AsRef<Board>> Seat<B> {
         turn.owner.load(Relaxed) == self.id && is_ahead(self.turn_ends.load(Relaxed), now + 1)
     }
 
-    /// The seat was refused: it waits. True if it did not before: then the flock must be tried once more, since whoever
-    /// released it meanwhile may not have seen this seat.
-    pub fn waits(&self, now: Micros) -> bool {
+    /// The seat was refused: it waits.
+    pub fn enqueue(&self, now: Micros) -> Enqueued {
         if self.owes.load(Relaxed) {
             // The slice has ended between the release and now.
             self.hand_over(now);
@@ -469,15 +478,15 @@ impl<B: AsRef<Board>> Seat<B> {
             self.refusals.store(self.refusals.load(Relaxed).saturating_add(1), Relaxed);
             self.interval.store(since, Relaxed);
         }
-        if let Some(slot) = self.publish(now) {
+        if let Some(entry) = self.publish(now) {
             let interval = self.interval.load(Relaxed);
-            slot.refused.store(now, Relaxed);
-            slot.interval.store(interval, Relaxed);
-            slot.refusals.store(self.refusals.load(Relaxed), Relaxed);
+            entry.refused.store(now, Relaxed);
+            entry.interval.store(interval, Relaxed);
+            entry.refusals.store(self.refusals.load(Relaxed), Relaxed);
             // One that sleeps elsewhere is expected back after as long as the last time, or twice that.
-            slot.due.store(now + AWAY + 2 * interval.min(RESCUE_LONGEST), SeqCst);
+            entry.due.store(now + AWAY + 2 * interval.min(RESCUE_LONGEST), SeqCst);
         }
-        is_new
+        if is_new { Enqueued::Now } else { Enqueued::Before }
     }
 
     /// Draws a ticket.
@@ -487,30 +496,30 @@ impl<B: AsRef<Board>> Seat<B> {
         self.ticket.store(last.wrapping_add(1).max(1), Relaxed);
     }
 
-    /// The seat's slot, on the board; claimed if it has none, or has lost it because it was late.
-    fn publish(&self, now: Micros) -> Option<&Slot> {
+    /// The seat's entry, on the board; claimed if it has none, or has lost it because it was late.
+    fn publish(&self, now: Micros) -> Option<&Entry> {
         let board = self.at();
         let away = u64::from(self.id) << 8 | IS_AWAY;
-        let index = self.slot.load(Relaxed) as usize;
-        if index < SLOTS && board.slot(index).state.load(SeqCst) >> 8 == u64::from(self.id) {
+        let index = self.entry.load(Relaxed) as usize;
+        if index < ENTRIES && board.entry(index).state.load(SeqCst) >> 8 == u64::from(self.id) {
             board.queued.0.fetch_or(1 << index, SeqCst);
-            return Some(board.slot(index));
+            return Some(board.entry(index));
         }
-        for (index, Line(slot)) in (0_u32..).zip(&board.slots.0) {
-            let state = slot.state.load(SeqCst);
-            let is_dead = state == FREE || !is_ahead(slot.due.load(SeqCst), now);
-            if is_dead && slot.state.compare_exchange(state, away, SeqCst, SeqCst).is_ok() {
-                slot.ticket.store(self.ticket.load(Relaxed), Relaxed);
-                slot.refusals.store(0, Relaxed);
-                slot.since.store(now, Relaxed);
-                slot.pid.store(self.pid, Relaxed);
-                slot.due.store(now + AWAY, SeqCst);
+        for (index, Line(entry)) in (0_u32..).zip(&board.entries.0) {
+            let state = entry.state.load(SeqCst);
+            let is_dead = state == FREE || !is_ahead(entry.due.load(SeqCst), now);
+            if is_dead && entry.state.compare_exchange(state, away, SeqCst, SeqCst).is_ok() {
+                entry.ticket.store(self.ticket.load(Relaxed), Relaxed);
+                entry.refusals.store(0, Relaxed);
+                entry.since.store(now, Relaxed);
+                entry.pid.store(self.pid, Relaxed);
+                entry.due.store(now + AWAY, SeqCst);
                 board.queued.0.fetch_or(1 << index, SeqCst);
-                self.slot.store(index, Relaxed);
-                return Some(slot);
+                self.entry.store(index, Relaxed);
+                return Some(entry);
             }
         }
-        self.slot.store(NO_SLOT, Relaxed);
+        self.entry.store(NO_ENTRY, Relaxed);
         None
     }
 
@@ -537,25 +546,25 @@ impl<B: AsRef<Board>> Seat<B> {
             self.turn_ends.store(now + self.slice, Relaxed);
         }
         self.leave();
-        self.holds(now);
+        self.note_holder(now);
     }
 
     /// Writes on the board who holds the gate.
     #[inline]
-    pub fn holds(&self, now: Micros) {
+    pub fn note_holder(&self, now: Micros) {
         self.has_asked.store(true, Relaxed);
         self.at().holder.0.store(u64::from(self.pid) << 40 | (now / 1000) & ((1 << 40) - 1), Relaxed);
     }
 
     /// The flock will be unlocked now.
     #[inline]
-    pub fn releases_now(&self) {
+    pub fn note_releasing(&self) {
         self.exclusive_over();
         self.at().holder.0.store(0, Relaxed);
     }
 
     /// The flock was unlocked while somebody waited: says who is next. [`Seat::wake`] then wakes it.
-    pub fn released(&self, now: Micros) {
+    pub fn choose_next(&self, now: Micros) {
         let board = self.at();
         board.turn.0.releases.fetch_add(1, SeqCst);
         self.released.store(now, Relaxed);
@@ -579,7 +588,7 @@ impl<B: AsRef<Board>> Seat<B> {
         let seen = board.turn.0.reservation.load(SeqCst);
         let Some((next, lease)) = board.next(now) else { return };
         if board.reserve(seen, next.id, now, lease) && next.is_asleep {
-            self.wake.store(u32::try_from(next.slot).map_or(0, |slot| slot + 1), Relaxed);
+            self.pending_wake.store(u32::try_from(next.entry).map_or(0, |entry| entry + 1), Relaxed);
         }
     }
 
@@ -590,8 +599,8 @@ impl<B: AsRef<Board>> Seat<B> {
         self.is_writer.store(has_asked, Relaxed);
         let turn = &self.at().turn.0;
         if turn.exclusive.load(Relaxed) != 0 {
-            turn.leaves.fetch_add(1, SeqCst);
-            sys::futex_wake(&turn.leaves, 1);
+            turn.shared_releases.fetch_add(1, SeqCst);
+            sys::futex_wake(&turn.shared_releases, 1);
         }
         if !has_asked && self.ticket.load(Relaxed) != 0 {
             self.give_up_turn(now());
@@ -633,7 +642,7 @@ impl<B: AsRef<Board>> Seat<B> {
     pub fn wants_exclusive(&self) -> u32 {
         let turn = &self.at().turn.0;
         turn.exclusive.store(1, SeqCst);
-        turn.leaves.load(SeqCst)
+        turn.shared_releases.load(SeqCst)
     }
 
     /// EXCLUSIVE was granted, or is given up.
@@ -647,7 +656,7 @@ impl<B: AsRef<Board>> Seat<B> {
 
     /// Sleeps until a connection gives up SHARED, for at most `limit`.
     pub fn wait_exclusive(&self, limit: Micros, seen: u32) -> Waited {
-        self.wait_word(&self.at().turn.0.leaves, limit, seen)
+        self.wait_word(&self.at().turn.0.shared_releases, limit, seen)
     }
 
     /// Sleeps until the gate is released, for at most `limit`; many can do that at once.
@@ -666,11 +675,11 @@ impl<B: AsRef<Board>> Seat<B> {
         Waited { micros: slept, is_next: slept < limit }
     }
 
-    /// Wakes whoever is next. Apart from [`Seat::released`], since that one would run into the SHARED lock, or the
+    /// Wakes whoever is next. Apart from [`Seat::choose_next`], since that one would run into the SHARED lock, or the
     /// processor, of a connection that is not yet through with its transaction.
     #[inline]
     pub fn wake(&self) {
-        if self.wake.load(Relaxed) != 0 || self.wakes_all.load(Relaxed) {
+        if self.pending_wake.load(Relaxed) != 0 || self.wakes_all.load(Relaxed) {
             self.wake_now();
         }
     }
@@ -680,17 +689,17 @@ impl<B: AsRef<Board>> Seat<B> {
         if self.wakes_all.swap(false, Relaxed) {
             sys::futex_wake(&self.at().turn.0.releases, i32::MAX);
         }
-        let index = self.wake.swap(0, Relaxed);
+        let index = self.pending_wake.swap(0, Relaxed);
         if index != 0 {
-            let slot = self.at().slot(index as usize - 1);
-            slot.word.fetch_add(1, SeqCst);
-            sys::futex_wake(&slot.word, 1);
+            let entry = self.at().entry(index as usize - 1);
+            entry.word.fetch_add(1, SeqCst);
+            sys::futex_wake(&entry.word, 1);
         }
     }
 
-    /// Sleeps until it is this seat's turn, for at most `limit`. `seen`: [`Seat::releases`], from before the refusal.
+    /// Sleeps until it is this seat's turn, for at most `limit`. `seen`: [`Seat::release_count`], from before the refusal.
     /// `is_free` tries the flock and unlocks it again: some who hold it do not know of the board, and some die.
-    pub fn wait(&self, limit: Micros, seen: u32, is_free: impl Fn() -> bool) -> Waited {
+    pub fn sleep_until_next(&self, limit: Micros, seen: u32, is_free: impl Fn() -> bool) -> Waited {
         let board = self.at();
         let (mut now, mut slept) = (sys::micros(), 0);
         let (mut seen, mut polls, mut has_polled) = (seen, 0_u32, false);
@@ -698,7 +707,7 @@ impl<B: AsRef<Board>> Seat<B> {
             if self.ticket.load(Relaxed) == 0 {
                 self.draw();
             }
-            let Some(slot) = self.publish(now) else {
+            let Some(entry) = self.publish(now) else {
                 sys::sleep(limit.saturating_sub(slept));
                 return Waited { micros: limit, is_next: false };
             };
@@ -707,13 +716,15 @@ impl<B: AsRef<Board>> Seat<B> {
                 || board.waiters(now).filter(|other| other.is_asleep && other.ticket < ticket).count();
             let before = ahead();
             let pause = (POLL * (before as Micros + 1)).min(SLOWEST_POLL);
-            slot.due.store(now + pause + GRACE, SeqCst);
-            let word = slot.word.load(SeqCst);
-            slot.state.store(u64::from(self.id) << 8 | IS_ASLEEP, SeqCst);
+            entry.due.store(now + pause + GRACE, SeqCst);
+            let word = entry.word.load(SeqCst);
+            entry.state.store(u64::from(self.id) << 8 | IS_ASLEEP, SeqCst);
 
-            let releases = self.releases();
+            let releases = self.release_count();
             let is_released = releases != seen;
-            let is_doubtful = board.holder().is_none() || (has_polled && polls % DISTRUST == 0);
+            // Mostly the board says who has the flock, and trying it would only disturb. But who does not know of the board
+            // says nothing there, and who was killed still stands on it.
+            let may_probe_flock = board.holder().is_none() || (has_polled && polls % DISTRUST == 0);
             let reservation = board.turn.0.reservation.load(SeqCst);
             let is_next = match reserved_for(reservation, now) {
                 Some(id) => id == self.id,
@@ -724,21 +735,21 @@ impl<B: AsRef<Board>> Seat<B> {
                         // nobody asleep.
                         && ahead() == 0
                         && !is_ahead(board.turn.0.kept.load(Relaxed), now + 1)
-                        && is_doubtful
+                        && may_probe_flock
                         && is_free()
                         && board.reserve(reservation, self.id, now, LEASE)
                 }
             };
             if is_next || slept >= limit {
-                slot.refusals.store(0, Relaxed);
+                entry.refusals.store(0, Relaxed);
                 self.refusals.store(0, Relaxed);
-                slot.due.store(now + AWAY, SeqCst);
-                slot.state.store(u64::from(self.id) << 8 | IS_AWAY, SeqCst);
+                entry.due.store(now + AWAY, SeqCst);
+                entry.state.store(u64::from(self.id) << 8 | IS_AWAY, SeqCst);
                 return Waited { micros: slept, is_next };
             }
             seen = releases;
             let pause = pause.min(limit - slept);
-            sys::futex_wait(&slot.word, word, pause);
+            sys::futex_wait(&entry.word, word, pause);
             let nap = passed(&mut now, pause);
             slept += nap;
             has_polled = nap >= pause;
@@ -749,12 +760,12 @@ impl<B: AsRef<Board>> Seat<B> {
     /// Gives up waiting.
     pub fn leave(&self) {
         self.ticket.store(0, Relaxed);
-        let index = self.slot.swap(NO_SLOT, Relaxed) as usize;
-        if index >= SLOTS {
+        let index = self.entry.swap(NO_ENTRY, Relaxed) as usize;
+        if index >= ENTRIES {
             return;
         }
-        let slot = self.at().slot(index);
-        let state = slot.state.load(SeqCst);
+        let entry = self.at().entry(index);
+        let state = entry.state.load(SeqCst);
         if state >> 8 == u64::from(self.id) {
             self.at().free(index, state);
         }
@@ -762,7 +773,7 @@ impl<B: AsRef<Board>> Seat<B> {
 }
 
 impl<B: AsRef<Board>> Drop for Seat<B> {
-    /// In the child of a fork the slot is the parent's, who still waits in it.
+    /// In the child of a fork the entry is the parent's, who still waits in it.
     fn drop(&mut self) {
         if self.pid != std::process::id() {
             return;
@@ -773,7 +784,7 @@ impl<B: AsRef<Board>> Drop for Seat<B> {
 }
 
 #[allow(clippy::cast_possible_truncation)] // 64
-const NO_SLOT: u32 = SLOTS as u32;
+const NO_ENTRY: u32 = ENTRIES as u32;
 
 #[allow(clippy::cast_possible_truncation)] // that is what it is for
 fn low(now: Micros) -> u32 {
@@ -786,7 +797,8 @@ fn halves(word: u64) -> [u32; 2] {
 }
 
 /// How long a sleep of at most `pause` has taken that began at `now`, which is brought up to date. A clock that was set back
-/// meanwhile (a restored container's) does not tell; then the sleep counts as over, lest the wait last until it has caught up.
+/// meanwhile (a restored container's) does not tell; then the sleep counts as over, lest the wait last until it has
+/// caught up.
 fn passed(now: &mut Micros, pause: Micros) -> Micros {
     let before = std::mem::replace(now, sys::micros());
     now.checked_sub(before).unwrap_or(pause)

@@ -12,7 +12,7 @@
 //! - Which VFS is the default belongs to the copy of SQLite, not to the VFS: a later registration may ask for it, and
 //!   one that does not ask does not take it back.
 //!
-//! Uses: `vfs`, `shim`, `fork`, `held`, `ofd`, `host`, `events`, `real`, `options`, `ffi`, `error`.
+//! Uses: `vfs`, `shim`, `fork`, `inner_gates`, `ofd`, `host`, `events`, `real`, `options`, `ffi`, `error`.
 
 use std::ffi::CString;
 use std::ptr::NonNull;
@@ -22,8 +22,8 @@ use crate::error::{RegisterError, rc};
 use crate::events::{self, About};
 use crate::ffi;
 use crate::fork;
-use crate::held;
 use crate::host::{Host, HostApi};
+use crate::inner_gates;
 use crate::ofd;
 use crate::options::Options;
 use crate::real::RealVfs;
@@ -73,7 +73,7 @@ pub unsafe fn register_with(api: HostApi, options: &Options) -> Result<(), Regis
     }
 
     fork::install(); // before the first mutex that a fork waits for
-    held::is_inside(); // reads the variable now, and not beside a setenv(3) of some later thread's
+    inner_gates::is_inside(); // reads the variable now, and not beside a setenv(3) of some later thread's
     if let Some(new) = register_once(host, name, options)? {
         log_what_is_wrong(&new);
         events::deliver();

@@ -26,9 +26,9 @@
 //! process that lost its SHARED lock by a stray close() may still use that WAL; its mark on the `-shm`, the DMS byte,
 //! says so. SQLite 3.51 asks for the mark itself (`unixIsSharingShmNode`), older ones do not.
 //!
-//! Row L13: a database opened read-only is not written through this file, and its folder need not have a lock file. But SQLite
-//! opens its `-wal` for writing all the same, and a checkpoint (FULL, RESTART, TRUNCATE) that finds everything copied
-//! restarts or truncates it: that takes WRITE with CKPT held, hence the gate (row S2).
+//! Row L13: a database opened read-only is not written through this file, and its folder need not have a lock file. But
+//! SQLite opens its `-wal` for writing all the same, and a checkpoint (FULL, RESTART, TRUNCATE) that finds everything
+//! copied restarts or truncates it: that takes WRITE with CKPT held, hence the gate (row S2).
 //!
 //! Row M1: a write into a file that was deleted, renamed or replaced would be acknowledged and lost (`place.rs`).
 //!

@@ -319,8 +319,8 @@ pub fn ofd_unlock_byte(fd: BorrowedFd<'_>, byte: usize) -> io::Result<()> {
     ofd_set(fd, libc::F_UNLCK, byte)
 }
 
-/// What `/proc/locks` calls a file: the numbers that stat(2) gives, but on btrfs and on some overlays, where stat(2) has other
-/// numbers than the kernel's own. It is asked by a read lock on a byte that nobody uses, and shown in
+/// What `/proc/locks` calls a file: the numbers that stat(2) gives, but on btrfs and on some overlays, where stat(2) has
+/// other numbers than the kernel's own. It is asked by a read lock on a byte that nobody uses, and shown in
 /// `/proc/self/fdinfo/FD`: `lock: 1: OFDLCK ADVISORY READ -1 00:2e:131 2147483647 2147483647`. proc_pid_fdinfo(5)
 pub fn name_in_proc_locks(fd: BorrowedFd<'_>) -> Option<String> {
     const BYTE: usize = 0x7fff_ffff;
@@ -351,8 +351,8 @@ fn ofd_set(fd: BorrowedFd<'_>, lock_type: c_int, byte: usize) -> io::Result<()> 
     .map(|_| ())
 }
 
-/// The mount that `path`, not followed if it is a symbolic link, is on: `mnt_id` of `/proc/self/fdinfo/FD`, which is the first
-/// field of its line in `/proc/self/mountinfo`. proc(5)
+/// The mount that `path`, not followed if it is a symbolic link, is on: `mnt_id` of `/proc/self/fdinfo/FD`, which is the
+/// first field of its line in `/proc/self/mountinfo`. proc(5)
 ///
 /// By a descriptor of O_PATH: "The file itself is not opened", open(2).
 pub fn mount_of(path: &CStr) -> io::Result<Option<u64>> {
@@ -471,8 +471,8 @@ pub fn open_descriptors() -> io::Result<Vec<(RawFd, FileId)>> {
     OpenDescriptors::new()?.list()
 }
 
-/// True if descriptor number `fd`, which was open on this file, is not any more: other code has closed it, and may have opened
-/// another file under that number. EBADF: nobody has. Any other error says nothing of that: false.
+/// True if descriptor number `fd`, which was open on this file, is not any more: other code has closed it, and may have
+/// opened another file under that number. EBADF: nobody has. Any other error says nothing of that: false.
 pub fn is_lost(fd: &OwnedFd, id: FileId) -> bool {
     match fstat(fd.as_fd()) {
         Ok(attributes) => attributes.id != id,
@@ -589,9 +589,9 @@ const SEALS: c_int = libc::F_SEAL_SHRINK | libc::F_SEAL_GROW | libc::F_SEAL_SEAL
 
 /// A new memory file of `size` zero bytes that nobody can resize: memfd_create(2), fallocate(2), and fcntl(2),
 /// F_ADD_SEALS. F_SEAL_SHRINK: "If this seal is set, the file in question cannot be reduced in size": so memory mapped
-/// from it cannot raise SIGBUS. Nor for want of memory (`vm.overcommit_memory` 2): "After a successful call, subsequent writes
-/// into the range specified by offset and size are guaranteed not to fail because of lack of disk space", fallocate(2).
-/// Its number is 3 or more.
+/// from it cannot raise SIGBUS. Nor for want of memory (`vm.overcommit_memory` 2): "After a successful call, subsequent
+/// writes into the range specified by offset and size are guaranteed not to fail because of lack of disk space",
+/// fallocate(2). Its number is 3 or more.
 ///
 /// It is not executable: with the sysctl vm.memfd_noexec at 2, "memfd_create() without MFD_NOEXEC_SEAL will be rejected", and
 /// at any value the kernel says so in its log (Documentation/userspace-api/mfd_noexec.rst). EINVAL: older than Linux 6.3,
@@ -688,8 +688,8 @@ pub fn kill_descriptors(fds: impl Iterator<Item = RawFd> + Clone) {
 ///
 /// # Safety
 ///
-/// `address` is that of `size` bytes that may be read, in pages of their own if they are shared, which nobody uses meanwhile in
-/// this process.
+/// `address` is that of `size` bytes that may be read, in pages of their own if they are shared, which nobody uses
+/// meanwhile in this process.
 pub unsafe fn make_private(address: usize, size: usize) {
     // SAFETY: no pointers.
     let page = usize::try_from(unsafe { libc::sysconf(libc::_SC_PAGESIZE) }).unwrap_or(4096);

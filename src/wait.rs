@@ -6,7 +6,8 @@
 //!
 //! ## Key operations
 //! A refusal leaves a note in the thread ([`refused`]), which the next xSleep of the thread takes ([`sleep`]): "this seat
-//! wants the gate". Another connection that answers SQLITE_BUSY takes it away. Without a fresh note the real VFS sleeps, in full: `sqlite3_sleep()` has nothing to do with us.
+//! wants the gate". Another connection that answers SQLITE_BUSY takes it away. Without a fresh note the real VFS sleeps,
+//! in full: `sqlite3_sleep()` has nothing to do with us.
 //!
 //! ## Invariants
 //! - A wait is never shorter than SQLite asked for, taken over all its sleeps, unless the gate was had: what was not slept
@@ -54,10 +55,10 @@ struct Note {
     want: Want,
     /// How many sleeps of this wait have ended early.
     early: u32,
-    /// [`Seat::releases`], or for EXCLUSIVE [`Seat::wants_exclusive`], from before the refusal.
+    /// [`Seat::release_count`], or for EXCLUSIVE [`Seat::wants_exclusive`], from before the refusal.
     seen: u32,
-    /// When it was refused, and not slept since; 0: it has.
-    refused: Micros,
+    /// When it was refused; `None`: it has slept since.
+    refused: Option<Micros>,
     /// What earlier sleeps of this wait have left of the [`OVERDRAFT`], and of what they were asked for.
     balance: Micros,
     /// When the last sleep of this wait was over, or it began.
@@ -70,7 +71,7 @@ thread_local! {
     static NOTE: RefCell<Option<Note>> = const { RefCell::new(None) };
 }
 
-/// What `seat` wants was refused, in this thread. `seen`: [`Seat::releases`] or [`Seat::wants_exclusive`], from before.
+/// What `seat` wants was refused, in this thread. `seen`: [`Seat::release_count`] or [`Seat::wants_exclusive`], from before.
 pub fn refused(seat: &Arc<ConnectionSeat>, want: Want, seen: u32, now: Micros) {
     with_note(|note| {
         let seat = Arc::downgrade(seat);
@@ -81,7 +82,7 @@ pub fn refused(seat: &Arc<ConnectionSeat>, want: Want, seen: u32, now: Micros) {
             }
             _ => (OVERDRAFT, 0, 0, now),
         };
-        *note = Some(Note { seat, want, early, seen, refused: now, balance, requested, woke });
+        *note = Some(Note { seat, want, early, seen, refused: Some(now), balance, requested, woke });
     });
 }
 
@@ -90,8 +91,8 @@ pub fn over() {
     with_note(|note| *note = None);
 }
 
-/// A connection at `seat`, or at none, answers SQLITE_BUSY in this thread: a note of another connection's is not for the sleep
-/// that follows. (That one was tried with a timeout of 0, say.)
+/// A connection at `seat`, or at none, answers SQLITE_BUSY in this thread: a note of another connection's is not for the
+/// sleep that follows. (That one was tried with a timeout of 0, say.)
 pub fn not_for_another(seat: Option<&Arc<ConnectionSeat>>) {
     with_note(|note| {
         let is_own = |note: &mut Note| seat.is_some_and(|seat| note.seat.as_ptr() == Arc::as_ptr(seat));
@@ -99,13 +100,22 @@ pub fn not_for_another(seat: Option<&Arc<ConnectionSeat>>) {
     });
 }
 
-/// xSleep: sleeps for `requested`, or until it is this thread's connection's turn. `real` is the real VFS's.
-pub fn sleep(requested: Micros, real: impl FnOnce()) {
+/// A wait for what the note says, as far as the next sleep is concerned.
+struct Wait {
+    seat: Arc<ConnectionSeat>,
+    want: Want,
+    seen: u32,
+    balance: Micros,
+    may_end_early: bool,
+    is_last: bool,
+}
+
+/// Begins a sleep of the wait that the note is about; `None`: there is none.
+fn begin(requested: Micros) -> Option<Wait> {
     let now = sys::micros();
-    let pending = with_note(|note| {
+    with_note(|note| {
         let note = note.as_mut()?;
-        let is_fresh = note.refused != 0 && now.saturating_sub(note.refused) <= FRESH;
-        note.refused = 0;
+        let is_fresh = note.refused.take().is_some_and(|refused| now.saturating_sub(refused) <= FRESH);
         if !is_fresh {
             (note.balance, note.early) = (OVERDRAFT, 0); // another wait than the last one
         }
@@ -116,9 +126,15 @@ pub fn sleep(requested: Micros, real: impl FnOnce()) {
         }
         note.requested = requested;
         let seat = note.seat.upgrade().filter(|seat| is_fresh && !seat.board().0.is_inherited())?;
-        Some((seat, note.want, note.seen, note.balance, note.early, is_last))
-    });
-    let Some((seat, want, seen, balance, early, is_last)) = pending.flatten() else { return real() };
+        let Note { want, seen, balance, .. } = *note;
+        Some(Wait { seat, want, seen, balance, may_end_early: note.early < EARLY, is_last })
+    })?
+}
+
+/// xSleep: sleeps for `requested`, or until it is this thread's connection's turn. `real` is the real VFS's.
+pub fn sleep(requested: Micros, real: impl FnOnce()) {
+    let Some(wait) = begin(requested) else { return real() };
+    let Wait { seat, want, seen, balance, may_end_early, is_last } = wait;
     let limit = match want {
         Want::Gate => requested + balance,
         // These are not sure of success when they return: the overdraft stays.
@@ -126,9 +142,9 @@ pub fn sleep(requested: Micros, real: impl FnOnce()) {
     };
     let Waited { micros, is_next } = match want {
         // Who holds the gate without knowing of the queue may have it again before we are there. Not on the last attempt.
-        Want::Gate => seat.wait(limit, seen, || !is_last && seat.board().0.is_free()),
-        Want::Release if early < EARLY => seat.wait_release(limit, seen),
-        Want::Exclusive if early < EARLY => seat.wait_exclusive(limit, seen),
+        Want::Gate => seat.sleep_until_next(limit, seen, || !is_last && seat.board().0.is_free()),
+        Want::Release if may_end_early => seat.wait_release(limit, seen),
+        Want::Exclusive if may_end_early => seat.wait_exclusive(limit, seen),
         Want::Release | Want::Exclusive => {
             sys::sleep(limit);
             Waited { micros: limit, is_next: false }

@@ -12,8 +12,8 @@
 //!
 //! After each operation every world must be where the stock world is: the same answer (rows, or extended result
 //! code and message), the same transaction state, files of the same sizes. At the end the handles are closed one
-//! by one; then the same files must be left (and `.lock`, and the queue's hint), the database must be the same byte for byte, and a
-//! fresh stock connection must read the same from it.
+//! by one; then the same files must be left (and `.lock`, and the queue's hint), the database must be the same byte for
+//! byte, and a fresh stock connection must read the same from it.
 //!
 //! No difference is allowed for, not even one SQLITE_BUSY for another: `busy_timeout` is 0 and operations come
 //! one at a time, so the gate is refused only where another handle is in a write transaction, and there stock
@@ -537,8 +537,9 @@ impl Run<'_> {
     /// transaction, as SQLite says, or a shimmed process holds a write lock, as the kernel says. There are two
     /// cases in which it may be held or not:
     ///
-    /// - RESERVED in WAL mode is no write lock ([`reserved_left_behind_in_wal_mode_keeps_nobody_out`]), nor is the PENDING of a
-    ///   handle that could not leave WAL mode, and in exclusive locking mode keeps it: it has lent the gate (row L7w).
+    /// - RESERVED in WAL mode is no write lock ([`reserved_left_behind_in_wal_mode_keeps_nobody_out`]), nor is the
+    ///   PENDING of a handle that could not leave WAL mode, and in exclusive locking mode keeps it: it has lent the gate
+    ///   (row L7w).
     /// - `unix-excl` locks the whole file once for its process and tells the kernel no more. There a handle can
     ///   keep RESERVED or EXCLUSIVE unseen, without a write transaction: in exclusive locking mode, or reading on
     ///   after a BEGIN EXCLUSIVE that was refused.

@@ -71,9 +71,9 @@ fn assert_queue_works(db: &TestDb) {
     assert_eq!(agents.iter_mut().map(Agent::log).collect::<String>(), "");
 }
 
-/// While the first of them holds the gate, the others sleep in the queue's memory; and then get it, in order. On a busy machine
-/// one that does not run for 5 ms when it should have looked (`GRACE` in queue.rs) is passed over; so the order may be another
-/// for as long as the machine is busy, but not for ever.
+/// While the first of them holds the gate, the others sleep in the queue's memory; and then get it, in order. On a busy
+/// machine one that does not run for 5 ms when it should have looked (`GRACE` in queue.rs) is passed over; so the order
+/// may be another for as long as the machine is busy, but not for ever.
 fn assert_all_meet(agents: &mut [Agent]) {
     let expected: Vec<String> = (1..agents.len()).map(|number| number.to_string()).collect();
     let orders: Vec<String> =

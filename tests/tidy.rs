@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 const LAYERS: &[&[&str]] = &[
     &["lock", "error", "ffi", "sys", "stats"],
     &["events"],
-    &["host", "state", "real", "queue", "held", "holder", "refusal"],
+    &["host", "state", "real", "queue", "inner_gates", "holder", "refusal"],
     &["inherited"],
     &["ofd", "place"],
     &["fork"],
@@ -170,6 +170,30 @@ fn every_file_starts_with_a_manual_page() {
             assert!(source.starts_with("//! "), "{}: begins without a //! header", path.display());
         }
     }
+}
+
+/// Prose that rustfmt does not wrap. Tables, links and rulers are as wide as they are.
+#[test]
+fn no_comment_is_wider_than_126_columns() {
+    for folder in ["src", "tests", "benches", "examples", "extension"] {
+        for path in rust_files(&Path::new(env!("CARGO_MANIFEST_DIR")).join(folder)) {
+            let source = fs::read_to_string(&path).unwrap();
+            assert_eq!(wide_comments(&source), [""; 0], "{}", path.display());
+        }
+    }
+    assert_eq!(
+        wide_comments(&format!("let a = 1;\n/// {}", "a ".repeat(62))).len(),
+        1,
+        "the check itself can fail"
+    );
+}
+
+fn wide_comments(source: &str) -> Vec<&str> {
+    let is_prose = |line: &&str| {
+        let text = line.trim_start();
+        text.starts_with("//") && !["//! |", "http", "----"].iter().any(|other| text.contains(other))
+    };
+    source.lines().filter(is_prose).filter(|line| line.trim_end().chars().count() > 126).collect()
 }
 
 fn rust_files(folder: &Path) -> Vec<PathBuf> {

@@ -310,8 +310,9 @@ fn a_foreign_holder_is_noticed_without_a_wake() {
     }
 }
 
-/// It sleeps in flock(2) itself, like flock(1), ahead of three of the queue, between them, or behind. The kernel wakes it when
-/// the flock is unlocked, and then it is as fast as it is: it may come between any two of the queue, or after all of them.
+/// It sleeps in flock(2) itself, like flock(1), ahead of three of the queue, between them, or behind. The kernel wakes it
+/// when the flock is unlocked, and then it is as fast as it is: it may come between any two of the queue, or after all of
+/// them.
 #[test]
 fn a_foreign_holder_that_waits_ahead_of_the_queue_within_it_and_behind() {
     const WAITERS: usize = 3;
@@ -664,8 +665,8 @@ fn a_reader_beside_eight_tight_writers_is_not_starved() {
             });
             println!("... beside {} commits", commits(&tallies));
         }
-        // From 0.6 to 2.1 times as many as on stock, on a machine with nothing else to do; from 0.4 to 1.2 on a busy one. In a
-        // tight loop either finds the lock free by chance alone.
+        // From 0.6 to 2.1 times as many as on stock, on a machine with nothing else to do; from 0.4 to 1.2 on a busy one.
+        // In a tight loop either finds the lock free by chance alone.
         require(3 * reads[0] >= reads[1], || format!("{} reads, stock {}", reads[0], reads[1]))
     });
 }

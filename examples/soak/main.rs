@@ -18,8 +18,8 @@
 //!
 //! At the end of a round everything stops, and the audit of the kanban board looks for every acknowledged commit.
 //!
-//! Ten bad rounds end the run. Exit status: 0 if all was well, 1 if a round was bad (the first bad one's database is kept), 2 if the run could
-//! not be made.
+//! Ten bad rounds end the run. Exit status: 0 if all was well, 1 if a round was bad (the first bad one's database is
+//! kept), 2 if the run could not be made.
 //!
 //! ```text
 //! main ── options, mischief, report

@@ -15,8 +15,8 @@
 //!
 //! - **I1** at most one holds the gate;
 //! - **I2** the gate is held while there is a reason: EXCLUSIVE; RESERVED, unless lent (L7w); WRITE as a writer;
-//!   CKPT under the policy `gate`, or under `auto` if it was had with the gate. So, with I1, there are never two writers, nor one beside the outsider. And
-//!   between two calls it is held for no other reason;
+//!   CKPT under the policy `gate`, or under `auto` if it was had with the gate. So, with I1, there are never two writers,
+//!   nor one beside the outsider. And between two calls it is held for no other reason;
 //! - **I3** some schedule lets everyone finish, without a crash and without a busy handler that gives up;
 //! - **I4** a reader never asks for the gate, not even to rebuild the wal-index;
 //! - **I5** no WAL restart while a checkpointer is between reading the wal-index header and its end;

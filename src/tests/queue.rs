@@ -18,7 +18,7 @@
 //! - **nobody is passed over**: who acquires was told that it is next, or nobody was asleep when it began to try;
 //! - **order**: told one after the other, by their tickets: no client has the gate twice while another one sleeps;
 //! - each client gets all its transactions, in bounded time, also beside garbage;
-//! - who leaves frees its slot: in the end the board is empty.
+//! - who leaves frees its entry: in the end the board is empty.
 //!
 //! Wrong designs ([`Sabotage`]) must be found out.
 //!
@@ -29,7 +29,7 @@
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64 as PlainU64, Ordering};
 
-use crate::queue::{Board, SLOTS, Seat};
+use crate::queue::{Board, ENTRIES, Enqueued, Seat};
 use crate::tests::world::{self, Blow, Fate, Micros, Outcome, Plan, Random, START, Schedule, fail, simulate};
 
 /// A design that is wrong on purpose.
@@ -183,7 +183,7 @@ impl Shared<'_> {
                 Kind::GivesUp if attempt == 1 => return,
                 Kind::Default | Kind::GivesUp | Kind::Foreign => {
                     let limit = DELAYS[attempt.min(DELAYS.len() - 1)] * 1000 + credit;
-                    let waited = seat.wait(limit, seen, Self::probe);
+                    let waited = seat.sleep_until_next(limit, seen, Self::probe);
                     is_told = waited.is_next;
                     credit = if is_told { limit.saturating_sub(waited.micros) } else { 0 };
                 }
@@ -201,29 +201,29 @@ impl Shared<'_> {
         self.release(seat);
     }
 
-    /// `LockFile::acquire` and `acquire_contended`. `Err`: what is to be passed to [`Seat::wait`].
+    /// `LockFile::acquire` and `acquire_contended`. `Err`: what is to be passed to [`Seat::sleep_until_next`].
     fn acquire(&self, seat: &Seat<At<'_>>) -> Result<(), u32> {
         let is_alone = seat.is_alone();
         if is_alone && world::try_flock() {
-            seat.holds(world::micros());
+            seat.note_holder(world::micros());
             return Ok(());
         }
         let now = world::micros();
-        seat.asks(now);
-        let mut seen = seat.releases();
+        seat.note_attempt(now);
+        let mut seen = seat.release_count();
         for _ in 0..2 {
             if (seat.may_try(now) || self.sabotage(Sabotage::Barges)) && world::try_flock() {
                 seat.acquired(now);
                 return Ok(());
             }
             if self.sabotage(Sabotage::LooksTooLate) {
-                seen = seat.releases();
+                seen = seat.release_count();
             }
-            if !seat.waits(now) || self.sabotage(Sabotage::TriesOnce) {
+            if seat.enqueue(now) == Enqueued::Before || self.sabotage(Sabotage::TriesOnce) {
                 break;
             }
             if !self.sabotage(Sabotage::LooksTooLate) {
-                seen = seat.releases();
+                seen = seat.release_count();
             }
         }
         Err(seen)
@@ -231,10 +231,10 @@ impl Shared<'_> {
 
     /// `LockFile::release_held`, and the end of the transaction.
     fn release(&self, seat: &Seat<At<'_>>) {
-        seat.releases_now();
+        seat.note_releasing();
         let tell = || {
             if !seat.is_alone() {
-                seat.released(world::micros());
+                seat.choose_next(world::micros());
             }
         };
         if self.sabotage(Sabotage::UnlocksLast) {
@@ -417,7 +417,7 @@ fn wrong_designs_are_found_out() {
     assert!(found.is_some(), "a futex that wakes nobody");
 }
 
-/// How long the gate may lie idle because somebody that it was kept for is gone: a reservation (2 ms), a slot's date
+/// How long the gate may lie idle because somebody that it was kept for is gone: a reservation (2 ms), an entry's date
 /// (pause 20 ms at most, and 5 ms), and then a poll that believes the board one time in eight (2 ms each).
 const DEAD: Micros = 45_000;
 
@@ -447,11 +447,12 @@ fn whoever_is_killed_or_stopped_anywhere_delays_the_others_by_little() {
     println!("longest idle in us: killed {}, stopped {}", worst[0], worst[1]);
 }
 
-/// Far further than any date on the board may lie ahead, further than one period of its 32-bit ones, a little further, and just
-/// so far.
+/// Far further than any date on the board may lie ahead, further than one period of its 32-bit ones, a little further,
+/// and just so far.
 const JUMPS: [i64; 4] = [100_000_000_000, 5_000_000_000, 1_500_000, 95_000];
 
-/// How long the gate may lie idle because a clock was set: the longest reservation that anybody believes (100 ms), and a poll.
+/// How long the gate may lie idle because a clock was set: the longest reservation that anybody believes (100 ms), and a
+/// poll.
 const SET: Micros = 110_000;
 
 #[test]
@@ -483,7 +484,7 @@ fn a_clock_that_is_set_anywhere_costs_little_time_and_no_turn() {
 }
 
 /// `hint.rs` keeps processes of different time namespaces apart, as far as it knows them. If it did not: they free each
-/// other's slots and believe none of each other's dates, so they poll beside each other.
+/// other's entries and believe none of each other's dates, so they poll beside each other.
 #[test]
 fn clients_whose_clocks_differ_all_get_their_turns() {
     for by in JUMPS.into_iter().flat_map(|by| [by, -by]) {
@@ -552,9 +553,9 @@ fn random_schedules_of_many_clients() {
 
 #[test]
 fn more_waiters_than_slots() {
-    let many = clients(SLOTS + 7, Client { transactions: 2, hold: 50, ..CLIENT });
+    let many = clients(ENTRIES + 7, Client { transactions: 2, hold: 50, ..CLIENT });
     let mut scenario = Scenario::new(many).seeded(1, 50);
-    // Who finds no slot sleeps as SQLite says, up to 100 ms at a time.
+    // Who finds no entry sleeps as SQLite says, up to 100 ms at a time.
     scenario.is_strict = false;
     scenario.plan.longest_idle = 110_000;
     let result = expect_right(&scenario, "70 clients");

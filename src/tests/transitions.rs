@@ -5,11 +5,11 @@
 //! [`File`], a plain account of one file that is kept by replaying the history of calls: 8 slots and how each
 //! was won, a level, whether the gate is held. Nothing of it is computed as `state.rs` computes it.
 //!
-//! From a new file, for both checkpoint policies and opened read-only, every state is visited that calls of SQLite's can lead to
-//! ([`leads_on`]), poisoned or not. In each, **every** call is made: xLock and xUnlock of all 5 levels,
-//! LockShared of each slot, LockExclusive and Unlock of each range of slots, xShmUnmap; and each is answered in
-//! **every** way: OK, BUSY, an error; `-shm` there or not; `SQLITE_FCNTL_LOCKSTATE` unknown or any level; the
-//! reset guard won or refused. For each of these:
+//! From a new file, for both checkpoint policies and opened read-only, every state is visited that calls of SQLite's can
+//! lead to ([`leads_on`]), poisoned or not. In each, **every** call is made: xLock and xUnlock of all 5 levels,
+//! LockShared of each slot, LockExclusive and Unlock of each range of slots, xShmUnmap; and each is answered in **every**
+//! way: OK, BUSY, an error; `-shm` there or not; `SQLITE_FCNTL_LOCKSTATE` unknown or any level; the reset guard won or
+//! refused. For each of these:
 //!
 //! - exactly one row of the table fits, and the machine followed that row, asked what the row says beforehand,
 //!   and has its after-state;

@@ -1,7 +1,8 @@
 //! What the headers of a database's files say, read without SQLite.
 //!
-//! The files are opened read-only and closed again. That is the very thing that drops POSIX locks, but only those of the process
-//! that closes (fcntl(2)), and this one has none: it never opens a database through SQLite. Other processes notice nothing.
+//! The files are opened read-only and closed again. That is the very thing that drops POSIX locks, but only those of the
+//! process that closes (fcntl(2)), and this one has none: it never opens a database through SQLite. Other processes
+//! notice nothing.
 //!
 //! Formats: <https://www.sqlite.org/fileformat2.html> and <https://www.sqlite.org/walformat.html>.
 

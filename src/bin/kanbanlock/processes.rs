@@ -2,16 +2,16 @@
 //! (proc(5)).
 //!
 //! ## Key operations
-//! - A descriptor is told by device and inode number (statx(2) through `/proc/PID/fd/N`, of what the kernel has cached), not by
-//!   its path: so it is found in another mount namespace, and under another name.
+//! - A descriptor is told by device and inode number (statx(2) through `/proc/PID/fd/N`, of what the kernel has cached),
+//!   not by its path: so it is found in another mount namespace, and under another name.
 //! - `fdinfo` lists the locks that were got through a descriptor: POSIX, OFD, flock.
-//! - Other users' processes cannot be looked into without root. They are counted, and `/proc/locks`, which all may read, names
-//!   those that hold POSIX locks or the flock.
+//! - Other users' processes cannot be looked into without root. They are counted, and `/proc/locks`, which all may read,
+//!   names those that hold POSIX locks or the flock.
 //!
 //! ## How one sees that a process goes through kanbanlock
 //! It has the lock file open with the very flags of kanbanlock's, or holds OFD locks on the database: the unix VFS alone
-//! takes POSIX locks. These, without either sign, are stock SQLite's. A process that has no lock at the moment (in rollback mode
-//! nobody has between transactions) and has not written yet cannot be told.
+//! takes POSIX locks. These, without either sign, are stock SQLite's. A process that has no lock at the moment (in
+//! rollback mode nobody has between transactions) and has not written yet cannot be told.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -293,8 +293,8 @@ struct Stat {
     is_deleted: bool,
 }
 
-/// statx(2). "AT_STATX_DONT_SYNC: Don't synchronize anything, but rather just take whatever the system has cached if possible":
-/// a dead network mount in some process does not hang us.
+/// statx(2). "AT_STATX_DONT_SYNC: Don't synchronize anything, but rather just take whatever the system has cached if
+/// possible": a dead network mount in some process does not hang us.
 fn stat(folder: impl std::os::fd::AsFd, path: impl rustix::path::Arg) -> io::Result<Stat> {
     let fields = StatxFlags::INO | StatxFlags::NLINK;
     let stat = statx(folder, path, AtFlags::STATX_DONT_SYNC, fields)?;
