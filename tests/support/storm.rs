@@ -24,6 +24,19 @@ pub fn storm_of(
     ballast: usize,
     all: &[Patience],
 ) -> Vec<Tally> {
+    storm_beside(agents, db, vfs, millis, ballast, all, || ()).0
+}
+
+/// The same, and what `beside` does from when they begin.
+pub fn storm_beside<T>(
+    agents: &mut [Agent],
+    db: &TestDb,
+    vfs: &str,
+    millis: u64,
+    ballast: usize,
+    all: &[Patience],
+    beside: impl FnOnce() -> T,
+) -> (Vec<Tally>, T) {
     let start = db.beside("-start");
     let line = File::create(&start).unwrap();
     line.lock().unwrap();
@@ -35,9 +48,10 @@ pub fn storm_of(
         agent.await_flock();
     }
     drop(line);
+    let result = beside();
     let tallies: Vec<Tally> = agents.iter_mut().map(Agent::receive_tally).collect();
     audit(db, &tallies);
-    tallies
+    (tallies, result)
 }
 
 /// Every commit that a writer was promised is there, once.
