@@ -683,14 +683,18 @@ impl LockFile {
     /// Fail closed, unless the user has chosen not to.
     fn failed(&self, failure: &Failure) -> Result<bool, c_int> {
         if self.fallback == Fallback::Refuse {
-            return Err(self.host.log_failure(failure.code, &failure.message, self.about()));
+            let message = format!("kanbanlock: {}", failure.message);
+            return Err(self.host.log_failure(failure.code, &message, self.about()));
         }
         stats::UNLOCKED.increment();
         self.is_unlocked.set(true);
         if !self.has_warned_unlocked.replace(true) {
             self.log(
                 rc::WARNING,
-                &format!("{}. Writing WITHOUT the lock: kanbanlock_fallback=unlocked", failure.message),
+                &format!(
+                    "kanbanlock: {}. Writing WITHOUT the lock: kanbanlock_fallback=unlocked",
+                    failure.message
+                ),
             );
         }
         Ok(self.granted())

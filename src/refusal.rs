@@ -16,14 +16,14 @@ use crate::sys::{self, Attributes};
 pub struct Failure {
     /// SQLite's.
     pub code: c_int,
-    /// For the log.
+    /// A sentence that begins with the lock file's path.
     pub message: String,
 }
 
 impl Failure {
     /// `what`: the rest of a sentence that begins with the lock file.
     pub fn new(lock_file: &CStr, code: c_int, what: &str) -> Failure {
-        Failure { code, message: format!("kanbanlock: {} {what}", lock_file.to_string_lossy()) }
+        Failure { code, message: format!("{} {what}", lock_file.to_string_lossy()) }
     }
 
     /// flock(2) failed, and not because another holds it.

@@ -52,6 +52,18 @@ fn is_busy(reply: &Reply) -> bool {
     matches!(reply, Err((ffi::SQLITE_BUSY, _)))
 }
 
+#[test]
+fn a_lock_file_that_cannot_be_one_is_named_once() {
+    let db = database("wal");
+    fs::create_dir(db.lock_file()).unwrap();
+    let mut command = run(&[], db.path());
+    command.arg("true");
+    let output = output(command);
+    assert_eq!(output.status.code(), Some(73), "{output:?}");
+    let start = format!("kanbanlock: {} is a directory", db.lock_file().display());
+    assert!(String::from_utf8_lossy(&output.stderr).starts_with(&start), "{output:?}");
+}
+
 /// `process.refused` of `PRAGMA kanbanlock`.
 fn refused(agent: &mut Agent) -> u64 {
     let status: serde_json::Value = serde_json::from_str(&agent.query("PRAGMA kanbanlock")).unwrap();
