@@ -9,12 +9,14 @@
 //! - A holder is named for a file that stat(2) knows under the same device; or else, if the mount's device is another, for a
 //!   process that has this very file open, by device and inode of stat(2): an inode number comes again in each subvolume of
 //!   a btrfs. If its descriptors cannot be seen (another user's), the line is believed.
+//! - Who holds the lock all the time is found, however many other locks come and go ([`find_in_locks`]).
 //! - [`read_flock_holder`] locks nothing, and opens no file but with O_PATH.
 //!
 //! Uses: `sys`.
 
 use std::ffi::CStr;
-use std::io;
+use std::fs::File;
+use std::io::{self, Read as _};
 use std::os::fd::BorrowedFd;
 use std::os::unix::fs::MetadataExt;
 
@@ -26,24 +28,58 @@ use crate::sys::{self, FileId};
 ///
 /// `/proc/locks` cannot be read.
 pub fn read_flock_holder(path: &CStr, id: FileId) -> io::Result<Option<u32>> {
-    let locks = std::fs::read_to_string("/proc/locks")?;
-    let inode = id.numbers().1;
-    if let Some(pid) = flock_holders(&locks, &name(id.device(), inode)).next() {
+    let its_name = name(id.device(), id.numbers().1);
+    if let Some(pid) = find_in_locks(|locks| flock_holders(locks, &its_name).next())? {
         return Ok(Some(pid));
     }
     let Some(device) = device_of_mount(path).filter(|device| *device != id.device()) else { return Ok(None) };
-    Ok(flock_holders(&locks, &name(device, inode)).find(|pid| has_open(*pid, id).unwrap_or(true)))
+    find_holder_of(&name(device, id.numbers().1), id)
 }
 
 /// Who holds a flock on the lock file `id` that `fd` is open on. The kernel is asked what it is called in `/proc/locks`,
 /// so this finds the holder on any file system. What cannot be read is nobody.
 pub fn flock_holder(fd: BorrowedFd<'_>, id: FileId) -> Option<u32> {
-    let locks = std::fs::read_to_string("/proc/locks").ok()?;
-    let holder = flock_holders(&locks, &name(id.device(), id.numbers().1)).next();
-    holder.or_else(|| {
-        let name = sys::name_in_proc_locks(fd)?;
-        flock_holders(&locks, &name).find(|pid| has_open(*pid, id).unwrap_or(true))
-    })
+    let its_name = name(id.device(), id.numbers().1);
+    if let Some(pid) = find_in_locks(|locks| flock_holders(locks, &its_name).next()).ok()? {
+        return Some(pid);
+    }
+    let other = sys::name_in_proc_locks(fd).filter(|other| *other != its_name)?;
+    find_holder_of(&other, id).ok()?
+}
+
+/// By a name that files of several subvolumes may have.
+fn find_holder_of(name: &str, id: FileId) -> io::Result<Option<u32>> {
+    find_in_locks(|locks| flock_holders(locks, name).find(|pid| has_open(*pid, id).unwrap_or(true)))
+}
+
+/// Looks into `/proc/locks`, and again if what is wanted may have been skipped.
+///
+/// The kernel shows as many lines as fit into a page as they are at one moment (`locks_start` to `locks_stop` in fs/locks.c,
+/// `seq_read_iter` in fs/seq_file.c). The next read(2) goes on by the *number* of lines it has shown: if one of those is
+/// gone by then, a lock that is held all the time is shown in neither. So the buffer is not smaller than a page:
+/// `std::fs::read_to_string` begins with 32 bytes, and misses locks on a busy machine.
+fn find_in_locks(find: impl Fn(&str) -> Option<u32>) -> io::Result<Option<u32>> {
+    const ATTEMPTS: usize = 8;
+    let mut page = vec![0; 1 << 16];
+    for _ in 0..ATTEMPTS {
+        let mut file = File::open("/proc/locks")?;
+        let mut locks = Vec::new();
+        let mut pages = 0;
+        loop {
+            match file.read(&mut page) {
+                Ok(0) => break,
+                Ok(length) => locks.extend_from_slice(&page[..length]),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+                Err(error) => return Err(error),
+            }
+            pages += 1;
+        }
+        let found = find(&String::from_utf8_lossy(&locks));
+        if found.is_some() || pages <= 1 {
+            return Ok(found);
+        }
+    }
+    Ok(None)
 }
 
 /// As `/proc/locks` has a file: `MAJOR:MINOR:INODE`, the device in hexadecimal. proc(5)
@@ -103,7 +139,12 @@ pub fn command_line(pid: u32) -> String {
 
 #[cfg(test)]
 mod tests {
+    use std::ffi::CString;
     use std::os::fd::AsFd;
+    use std::os::unix::ffi::OsStrExt;
+    use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+
+    use tempfile::NamedTempFile;
 
     use super::*;
 
@@ -131,10 +172,39 @@ mod tests {
         let locks = "4: FLOCK  ADVISORY  WRITE 30386 00:27:257 0 EOF\n";
         assert_eq!(flock_holders(locks, &name((0, 39), 257)).next(), Some(30386));
     }
+
+    /// Far more locks than a page has room for, and those at the front come and go.
+    #[test]
+    fn who_holds_it_all_the_time_is_found_while_other_locks_come_and_go() {
+        let file = || NamedTempFile::new().unwrap();
+        let held: Vec<_> = (0..200).map(|_| file()).collect();
+        for file in &held {
+            file.as_file().lock().unwrap();
+        }
+        let is_over = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                let others: Vec<_> = (0..20).map(|_| file()).collect();
+                while !is_over.load(Relaxed) {
+                    others.iter().for_each(|other| other.as_file().lock().unwrap());
+                    others.iter().for_each(|other| other.as_file().unlock().unwrap());
+                }
+            });
+            let is_missed = |file: &NamedTempFile| {
+                let attributes = sys::fstat(file.as_file().as_fd()).unwrap();
+                let path = CString::new(file.path().as_os_str().as_bytes()).unwrap();
+                read_flock_holder(&path, attributes.id).ok().flatten() != Some(std::process::id())
+            };
+            let missed = held.iter().cycle().take(4_000).filter(|file| is_missed(file)).count();
+            is_over.store(true, Relaxed);
+            assert_eq!(missed, 0, "of 4000");
+        });
+    }
+
     /// On whatever file system the temporary folder is. `tests/btrfs.rs` has btrfs, where stat(2) does not help.
     #[test]
     fn the_kernel_says_what_a_file_is_called_in_proc_locks() {
-        let file = tempfile::NamedTempFile::new().unwrap();
+        let file = NamedTempFile::new().unwrap();
         file.as_file().lock().unwrap();
         let other = file.reopen().unwrap();
         let name = sys::name_in_proc_locks(other.as_fd()).unwrap();

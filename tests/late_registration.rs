@@ -31,7 +31,7 @@ fn kinds_of_locks(path: &Path, locks: &BTreeMap<u64, BTreeSet<String>>) -> BTree
 /// By inode. All files of a test are on one file system; an inode number of another one is nobody's here.
 fn locks() -> BTreeMap<u64, BTreeSet<String>> {
     let mut locks: BTreeMap<u64, BTreeSet<String>> = BTreeMap::new();
-    for line in std::fs::read_to_string("/proc/locks").unwrap().lines() {
+    for line in support::proc_locks() {
         // "1: POSIX  ADVISORY  READ 5433 08:01:7864448 128 128"
         let words: Vec<&str> = line.split_whitespace().filter(|word| *word != "->").collect();
         let inode = words[5].rsplit(':').next().unwrap().parse().unwrap();

@@ -598,7 +598,9 @@ fn a_long_wait_names_the_holder() {
 
     holder.ask(&Task::Flock(db.lock_file())).unwrap();
     waiter.execute("INSERT INTO task VALUES ('x')").unwrap_err();
-    assert!(waiter.log().lines().last().unwrap_or_default().contains(&format!("process {} (", holder.pid())));
+    let log = waiter.log();
+    let holder_process = format!("process {} (", holder.pid());
+    assert!(log.lines().last().unwrap_or_default().contains(&holder_process), "no {holder_process}: {log}");
     holder.ask(&Task::Unflock).unwrap();
 
     // By default not after so short a time.

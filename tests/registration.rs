@@ -55,9 +55,8 @@ fn threads_that_register_at_once_find_everything_installed() {
             threads.map(|thread| thread.join().unwrap())
         });
         let pid = format!(" {} ", std::process::id());
-        let locks = std::fs::read_to_string("/proc/locks").unwrap();
-        let posix: Vec<_> =
-            locks.lines().filter(|line| line.contains("POSIX") && line.contains(&pid)).collect();
+        let mut posix = support::proc_locks();
+        posix.retain(|line| line.contains("POSIX") && line.contains(&pid));
         assert_eq!(posix, [""; 0]);
         for connection in &connections {
             let status: String = connection.query_row("PRAGMA kanbanlock", [], |row| row.get(0)).unwrap();

@@ -13,6 +13,7 @@ pub mod system_sqlite;
 pub mod tap_vfs;
 
 use std::fs::{File, TryLockError};
+use std::io::{BufRead as _, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -91,6 +92,12 @@ pub fn await_tick() {
     while tick() == before {
         std::hint::spin_loop();
     }
+}
+
+/// The lines of `/proc/locks`. Not less than a page at a time: between two read(2) the kernel may skip a lock.
+pub fn proc_locks() -> Vec<String> {
+    let file = File::open("/proc/locks").unwrap();
+    BufReader::with_capacity(1 << 16, file).lines().map(Result::unwrap).collect()
 }
 
 /// Held while a child is started, and while a flock is tried: between fork and exec a child shares our descriptors, and

@@ -15,7 +15,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
-use std::io;
+use std::io::{self, BufRead as _, BufReader};
 use std::num::NonZero;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
@@ -231,10 +231,12 @@ impl Scan {
         files: &BTreeMap<Id, File>,
         seen_ofd_locks: usize,
     ) -> Result<(), Failure> {
-        let locks =
-            fs::read_to_string("/proc/locks").map_err(|error| Failure::of_system("/proc/locks", &error))?;
+        let of_system = |error| Failure::of_system("/proc/locks", &error);
+        // Not less than a page at a time: between two read(2) the kernel may skip a lock (fs/seq_file.c).
+        let locks = BufReader::with_capacity(1 << 16, fs::File::open("/proc/locks").map_err(of_system)?);
         let mut ofd_locks = 0;
-        for lock in locks.lines().filter_map(parse_lock) {
+        for line in locks.lines() {
+            let Some(lock) = parse_lock(&line.map_err(of_system)?) else { continue };
             let Some(&file) = files.get(&lock.id) else { continue };
             let Some(pid) = lock.pid else {
                 ofd_locks += usize::from(lock.kind == Kind::Ofd);
