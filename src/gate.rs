@@ -32,29 +32,30 @@
 //! exclude each other, and a `close()` elsewhere in the process does not cancel it, unlike the POSIX locks
 //! beneath SQLite.
 //!
-//! Uses: `wait`, `hint`, `inner_gates`, `holder`, `queue`, `fork`, `host`, `refusal`, `events`, `sys`, `stats`, `error`.
+//! Uses: `descriptor`, `long_wait`, `wait`, `hint`, `inner_gates`, `queue`, `fork`, `host`, `refusal`, `events`, `sys`,
+//! `stats`, `error`.
 
 use std::cell::{Cell, RefCell};
 use std::ffi::{CStr, CString, OsStr, c_int};
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::process::Command;
 use std::sync::Arc;
 use std::time::Duration;
 
+use crate::descriptor::{Descriptor, Opened, REPLACED_LIMIT};
 use crate::error::rc;
 use crate::events::{self, About};
 use crate::fork;
 use crate::hint::{self, NoBoard};
-use crate::holder;
 use crate::host::Host;
 use crate::inner_gates;
+use crate::long_wait::{LongWait, Message};
 use crate::queue::{Enqueued, Micros, Seat};
 use crate::refusal::Failure;
 use crate::stats;
-use crate::sys::{self, Create, ErrnoGuard, FileId, Tick};
+use crate::sys::{self, ErrnoGuard, FileId, Tick};
 use crate::wait::{self, ConnectionSeat, Want};
 
 /// A lock that is held by at most one open database file in the world.
@@ -117,12 +118,6 @@ const CHECKPOINT_WAIT: Micros = 500_000;
 const CHECKPOINT_POLL: Duration = Duration::from_micros(500);
 /// How long a connection goes without a queue that it could not have, before it tries again.
 const NO_QUEUE_RETRY: Micros = 1_000_000;
-/// A refusal so long after the last one belongs to another wait: SQLite sleeps at most 100 ms in between.
-const SAME_WAIT: Micros = 1_000_000;
-/// How often in a row a lock file may be replaced under us before the write is refused.
-const REPLACED_LIMIT: usize = 8;
-/// After how many refusals in a row the holder is looked up (`/proc/locks`).
-const SELF_DEADLOCK_REFUSALS: u32 = 10;
 
 /// The gate of one open database file.
 #[derive(Debug)]
@@ -145,27 +140,10 @@ pub struct LockFile {
     held: Cell<bool>,
     /// Held without a flock: [`Fallback::Unlocked`].
     is_unlocked: Cell<bool>,
-    /// How many in a row, and since when.
-    refusals: Cell<u32>,
-    waits_since: Cell<Micros>,
-    refused_at: Cell<Micros>,
-    /// A wait that is longer is worth a line in the log; 0: none is.
-    warn_after: Micros,
-    has_named_holder: Cell<bool>,
     has_warned_unlocked: Cell<bool>,
-    has_warned_self_deadlock: Cell<bool>,
+    long_wait: LongWait,
     /// The `fork::generation` that this belongs to.
     generation: u32,
-}
-
-#[derive(Debug)]
-struct Descriptor {
-    fd: OwnedFd,
-    id: FileId,
-    /// Usually empty; see `inner_gates.rs`.
-    outer: Vec<OwnedFd>,
-    /// When it was last checked that the name leads to it; `None`: not yet.
-    checked: Option<Checked>,
 }
 
 /// How a flock is given up.
@@ -175,46 +153,6 @@ enum How {
     Unlock,
     /// By us: who has inherited it keeps it.
     Close,
-}
-
-#[derive(Clone, Copy, Debug)]
-struct Checked {
-    at: Tick,
-    /// The file's ctime then.
-    changed: (libc::time_t, libc::c_long),
-}
-
-impl Descriptor {
-    #[inline]
-    fn try_lock(&self) -> io::Result<bool> {
-        if self.outer.is_empty() { sys::flock_exclusive_nb(self.fd.as_fd()) } else { self.try_lock_inside() }
-    }
-
-    #[inline(never)]
-    fn try_lock_inside(&self) -> io::Result<bool> {
-        for (depth, outer) in self.outer.iter().enumerate() {
-            if !inner_gates::try_lock(outer.as_fd(), depth)? {
-                return Ok(false);
-            }
-        }
-        inner_gates::try_lock(self.fd.as_fd(), self.outer.len())
-    }
-
-    fn unlock(&self) -> io::Result<()> {
-        inner_gates::unlock(self.fd.as_fd(), self.outer.len())
-    }
-
-    /// True if this tick has already seen that it is ours.
-    #[inline]
-    fn is_checked(&self, now: Tick) -> bool {
-        self.checked.is_some_and(|checked| checked.at == now)
-    }
-
-    /// False if other code has closed a descriptor of ours: the number is not open, or open on another file.
-    #[inline(never)]
-    fn is_ours(&self) -> bool {
-        !self.outer.iter().chain([&self.fd]).any(|fd| sys::is_lost(fd, self.id))
-    }
 }
 
 impl LockFile {
@@ -234,13 +172,8 @@ impl LockFile {
             has_warned_no_queue: Cell::new(false),
             held: Cell::new(false),
             is_unlocked: Cell::new(false),
-            refusals: Cell::new(0),
-            waits_since: Cell::new(0),
-            refused_at: Cell::new(0),
-            warn_after: waiting.warn_after,
-            has_named_holder: Cell::new(false),
             has_warned_unlocked: Cell::new(false),
-            has_warned_self_deadlock: Cell::new(false),
+            long_wait: LongWait::new(waiting.warn_after),
             generation: fork::generation(),
         }
     }
@@ -274,7 +207,7 @@ impl LockFile {
             let acquired = descriptor.try_lock().map_err(|error| Failure::of_flock(&self.path, &error))?;
             if !acquired {
                 // Waiting anyway, so look closely: the holder of a dead file must not keep us out.
-                descriptor.checked = None;
+                descriptor.distrust();
             }
             match self.is_in_place(descriptor, now) {
                 Ok(true) => return Ok(acquired),
@@ -313,36 +246,34 @@ impl LockFile {
         );
     }
 
+    /// Opens the lock file.
+    fn open(&self) -> Result<Descriptor, Failure> {
+        let Opened { descriptor, complaint } = Descriptor::open(&self.path, &self.database)?;
+        if let Some(complaint) = complaint {
+            self.log(
+                rc::WARNING,
+                &format!(
+                    "kanbanlock: {} names a holder of {}, but its {complaint}. This connection waits for that holder",
+                    inner_gates::VARIABLE,
+                    self.path().display()
+                ),
+            );
+        }
+        if descriptor.is_inside() {
+            self.seat.replace(None);
+        }
+        Ok(descriptor)
+    }
+
     /// True if the name still leads to the file that we hold open.
-    ///
-    /// Mostly by one fstat(2): a file that is unlinked or renamed over loses its last link, and one that is renamed away
-    /// changes its ctime (ext4, xfs, btrfs and tmpfs do so). Only then is the path itself looked up. Within one tick the
-    /// last answer stands: the check costs a third of all that the gate costs, and a replacement is an accident, to be
-    /// noticed soon, while SQLite's own locks still exclude.
     #[inline]
     fn is_in_place(&self, descriptor: &mut Descriptor, now: Tick) -> io::Result<bool> {
         if descriptor.is_checked(now) {
             return Ok(true);
         }
-        self.check_in_place(descriptor, now)
-    }
-
-    #[inline(never)]
-    fn check_in_place(&self, descriptor: &mut Descriptor, now: Tick) -> io::Result<bool> {
-        let attributes = sys::fstat(descriptor.fd.as_fd())?;
-        if attributes.links == 0 {
-            return Ok(false);
-        }
-        let is_unchanged = descriptor.checked.is_some_and(|checked| checked.changed == attributes.changed);
-        let is_in_place = is_unchanged
-            || match sys::lstat(&self.path) {
-                Ok(there) => there.id == descriptor.id,
-                Err(error) if error.kind() == io::ErrorKind::NotFound => false,
-                Err(error) => return Err(error),
-            };
-        descriptor.checked = is_in_place.then_some(Checked { at: now, changed: attributes.changed });
-        if is_in_place && descriptor.outer.is_empty() {
-            self.check_seat(descriptor.id, false);
+        let is_in_place = descriptor.check_in_place(&self.path, now)?;
+        if is_in_place && !descriptor.is_inside() {
+            self.check_seat(descriptor.id(), false);
         }
         Ok(is_in_place)
     }
@@ -394,12 +325,12 @@ impl LockFile {
     fn seat_or_new(&self) -> Option<Arc<ConnectionSeat>> {
         // A reader that has to wait has not opened the lock file.
         let is_inside =
-            self.descriptor.borrow().as_ref().map_or(inner_gates::is_inside(), |open| !open.outer.is_empty());
+            self.descriptor.borrow().as_ref().map_or_else(inner_gates::is_inside, Descriptor::is_inside);
         if is_inside {
             return None;
         }
         if self.seat.borrow().is_none() {
-            let opened = self.descriptor.borrow().as_ref().map(|descriptor| descriptor.id);
+            let opened = self.descriptor.borrow().as_ref().map(Descriptor::id);
             let lock_file = opened.or_else(|| sys::lstat(&self.path).ok().map(|there| there.id))?;
             self.check_seat(lock_file, true);
         }
@@ -429,74 +360,6 @@ impl LockFile {
         }
         wait::refused(&seat, Want::Gate, seen, now);
         Ok(false)
-    }
-
-    fn open(&self) -> Result<Descriptor, Failure> {
-        for _ in 0..REPLACED_LIMIT {
-            match sys::open(&self.path, Create::No) {
-                Ok(fd) => return self.vet(fd),
-                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-                Err(error) => return Err(Failure::of_open(&self.path, &error)),
-            }
-            match self.create() {
-                Ok(fd) => return self.vet(fd),
-                // Another process was first: open what it has made.
-                Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
-                Err(error) => return Err(Failure::of_create(&self.path, &error)),
-            }
-        }
-        Err(Failure::new(
-            &self.path,
-            rc::CANTOPEN,
-            "keeps appearing and disappearing; find out what removes it",
-        ))
-    }
-
-    /// A new lock file takes the database's mode, and its owner where we may: who can write the database can
-    /// then lock it. os_unix treats its journals the same way (`findCreateFileMode`, `robustFchown`).
-    fn create(&self) -> io::Result<OwnedFd> {
-        let database = sys::stat(&self.database)?;
-        let mode = database.mode & 0o777;
-        let fd = sys::open(&self.path, Create::New(mode))?;
-        let created = sys::fstat(fd.as_fd())?;
-        if created.mode & 0o777 != mode {
-            // The umask took bits away. Not ours to insist: a file system without modes refuses this.
-            let _ = sys::fchmod(fd.as_fd(), mode);
-        }
-        if (created.uid, created.gid) != (database.uid, database.gid) {
-            // The owner for root alone, which is the case that matters: "if a root process opens a database
-            // file, it can leave behind a journal … inaccessible to unprivileged processes" (os_unix.c). The group for its
-            // members, too: else a colleague could not open what this process has made.
-            let _ = sys::fchown(fd.as_fd(), database.uid, database.gid);
-        }
-        Ok(fd)
-    }
-
-    /// What was opened, if it is a lock file.
-    fn vet(&self, fd: OwnedFd) -> Result<Descriptor, Failure> {
-        let attributes =
-            sys::fstat(fd.as_fd()).map_err(|error| Failure::cannot_be(&self.path, "examined", &error))?;
-        if !attributes.is_regular() {
-            return Err(Failure::not_regular(&self.path, &attributes));
-        }
-        let inner_gates::Outer { descriptors: outer, complaint } = inner_gates::outer(attributes.id);
-        if let Some(complaint) = complaint {
-            self.log(
-                rc::WARNING,
-                &format!(
-                    "kanbanlock: {} names a holder of {}, but its {complaint}. This connection waits for that holder",
-                    inner_gates::VARIABLE,
-                    self.path().display()
-                ),
-            );
-        }
-        if !outer.is_empty() {
-            self.seat.replace(None);
-        }
-        for fd in outer.iter().chain([&fd]) {
-            fork::close_in_child(fd.as_raw_fd());
-        }
-        Ok(Descriptor { fd, id: attributes.id, outer, checked: None })
     }
 
     #[inline(never)]
@@ -545,9 +408,9 @@ impl LockFile {
     /// While it is held: lets the program of `command` use the database, and what that starts in turn.
     pub fn hand_down(&self, command: &mut Command) -> io::Result<()> {
         let descriptor = self.descriptor.borrow();
-        let Descriptor { fd, id, .. } = descriptor.as_ref().ok_or(io::ErrorKind::NotFound)?;
-        let number = sys::inherit(command, fd.as_fd())?;
-        command.env(inner_gates::VARIABLE, inner_gates::variable_with(number, *id));
+        let open = descriptor.as_ref().ok_or(io::ErrorKind::NotFound)?;
+        let number = sys::inherit(command, open.as_fd())?;
+        command.env(inner_gates::VARIABLE, inner_gates::variable_with(number, open.id()));
         Ok(())
     }
 
@@ -563,115 +426,34 @@ impl LockFile {
     #[inline]
     fn granted(&self) -> bool {
         stats::ACQUIRED.increment();
-        if events::ENABLED && self.refusals.get() != 0 {
+        if events::ENABLED && self.long_wait.is_waiting() {
             self.tell_of_wait();
         }
-        self.refusals.set(0);
+        self.long_wait.over();
         self.held.set(true);
         true
     }
 
     fn refused(&self) -> bool {
         stats::REFUSED.increment();
-        let now = sys::micros();
-        if self.refusals.get() == 0 || now.saturating_sub(self.refused_at.replace(now)) > SAME_WAIT {
-            self.refusals.set(0);
-            self.refused_at.set(now);
-            self.waits_since.set(now);
-            self.has_named_holder.set(false);
-        }
-        self.refusals.set(self.refusals.get().saturating_add(1));
-        let waited = now.saturating_sub(self.waits_since.get());
-        // At the 10th, 20th, 40th … refusal, not at each: to read /proc/locks took some 10 ms here. (It excludes all that
-        // take or give up a lock on any processor: `locks_start` in the kernel's fs/locks.c.)
-        let rounds = self.refusals.get() / SELF_DEADLOCK_REFUSALS;
-        let is_time = self.refusals.get() % SELF_DEADLOCK_REFUSALS == 0 && rounds.is_power_of_two();
-        if is_time && !self.has_warned_self_deadlock.get() {
-            self.warn_if_self_deadlocked();
-        }
-        if waited >= self.warn_after && self.warn_after != 0 && !self.has_named_holder.replace(true) {
-            self.name_holder(waited);
+        let descriptor = self.descriptor.borrow();
+        let holder = || self.seat.borrow().as_ref().and_then(|seat| seat.holder());
+        let message = self.long_wait.refused(sys::micros(), self.path(), descriptor.as_ref(), holder);
+        drop(descriptor);
+        if let Some(Message { text, waited_ms }) = message {
+            self.host.log(rc::WARNING, &text, About { waited_ms, ..self.about() });
         }
         false
-    }
-
-    /// One process that wraps its own flock around a kanbanlock connection waits for itself; so does the command of
-    /// `flock db.lock command`.
-    fn warn_if_self_deadlocked(&self) {
-        let descriptor = self.descriptor.borrow();
-        let Some(open) = descriptor.as_ref().filter(|open| open.outer.is_empty()) else {
-            return;
-        };
-        // Held by this process, but by none of its kanbanlock connections: then by the application. Twice, since a waiting
-        // connection tries the flock for a moment (`Hint::is_free`).
-        let is_own = || {
-            let holder = holder::flock_holder(open.fd.as_fd(), open.id);
-            holder == Some(std::process::id()) && stats::snapshot().held == 0
-        };
-        let has_inherited = || inner_gates::is_flocked_here(open.id) && stats::snapshot().held == 0;
-        let is_own = is_own() && is_own();
-        if is_own || (has_inherited() && has_inherited()) {
-            self.has_warned_self_deadlock.set(true);
-            self.has_named_holder.set(true);
-            let (process, path) = (std::process::id(), self.path().display());
-            let message = if is_own {
-                format!(
-                    "kanbanlock: this process (pid {process}) itself holds the flock on {path}, through a descriptor of \
-                     its own, so its connection waits for itself. Remove the application's flock: \
-                     kanbanlock takes it for every write transaction"
-                )
-            } else {
-                format!(
-                    "kanbanlock: this process (pid {process}) was started by a holder of the flock on {path} and has \
-                     inherited it, so its connection waits for itself. Instead of flock(1), use `kanbanlock run`, which \
-                     lets its command write"
-                )
-            };
-            self.log(rc::WARNING, &message);
-        }
-    }
-
-    /// Says in the log whom a long wait is for.
-    fn name_holder(&self, waited: Micros) {
-        let descriptor = self.descriptor.borrow();
-        let Some(open) = descriptor.as_ref() else { return };
-        let holder = match holder::flock_holder(open.fd.as_fd(), open.id) {
-            // OFD locks have no pid (/proc/locks says -1).
-            _ if !open.outer.is_empty() => {
-                format!("held by another of those that {} was handed down to", inner_gates::VARIABLE)
-            }
-            Some(pid) => {
-                format!("held by process {pid} ({}){}", holder::command_line(pid), self.held_for(pid))
-            }
-            None => "not held at this moment, or by a process that cannot be seen from here".to_owned(),
-        };
-        let waited_ms = waited / 1000;
-        let message =
-            format!("kanbanlock: waiting for {} for {waited_ms} ms; it is {holder}", self.path().display());
-        self.host.log(rc::WARNING, &message, About { waited_ms: Some(waited_ms), ..self.about() });
     }
 
     /// A wait that was long enough for a warning is over.
     #[cold]
     #[inline(never)]
     fn tell_of_wait(&self) {
-        let now = sys::micros();
-        let waited = now.saturating_sub(self.waits_since.get());
-        let is_same_wait = now.saturating_sub(self.refused_at.get()) <= SAME_WAIT;
-        if is_same_wait && self.warn_after != 0 && waited >= self.warn_after {
+        if let Some(waited) = self.long_wait.lasted(sys::micros()) {
             let waited_ms = waited / 1000;
             let message = format!("{} was acquired after a wait of {waited_ms} ms", self.path().display());
             events::note(rc::NOTICE, &message, About { waited_ms: Some(waited_ms), ..self.about() });
-        }
-    }
-
-    /// Since when, if that process has said so on the board.
-    fn held_for(&self, pid: u32) -> String {
-        let seat = self.seat.borrow();
-        let holder = seat.as_ref().and_then(|seat| seat.holder());
-        match holder.filter(|(known, _)| *known == pid) {
-            Some((_, since)) => format!(" for {} ms", sys::micros().saturating_sub(since) / 1000),
-            None => String::new(),
         }
     }
 
@@ -815,15 +597,9 @@ impl Drop for LockFile {
     }
 }
 
-/// Closes what is ours of it. A number that other code has closed may be the application's now.
 fn close(descriptor: &mut Option<Descriptor>) {
-    if let Some(Descriptor { fd, outer, id, .. }) = descriptor.take() {
-        for fd in outer.into_iter().chain([fd]) {
-            fork::forget(fd.as_raw_fd());
-            if sys::is_lost(&fd, id) {
-                std::mem::forget(fd);
-            }
-        }
+    if let Some(descriptor) = descriptor.take() {
+        descriptor.close();
     }
 }
 

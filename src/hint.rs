@@ -69,7 +69,7 @@ pub struct Hint {
     probe: Option<OwnedFd>,
     /// The hint file, and what it said when we found the board.
     file: Option<File>,
-    /// What the hint file, the probe and the memory were open on: other code may close their numbers (`gate.rs`).
+    /// What the hint file, the probe and the memory were open on: other code may close their numbers (`descriptor.rs`).
     ids: [FileId; 3],
     text: String,
     /// The `fork::generation` that this belongs to.
@@ -240,7 +240,7 @@ fn create_hint_file(path: &CStr, hint_path: &CStr) -> io::Result<OwnedFd> {
     let like = sys::stat(path)?;
     match sys::open(hint_path, Create::New(like.mode & 0o777)) {
         Ok(fd) => {
-            // As for the lock file itself (`gate.rs`): not ours to insist.
+            // As for the lock file itself (`descriptor.rs`): not ours to insist.
             let _ = sys::fchmod(fd.as_fd(), like.mode & 0o777);
             let _ = sys::fchown(fd.as_fd(), like.uid, like.gid);
             Ok(fd)

@@ -27,7 +27,7 @@
 //!   the process closes.
 //! - Asking through an outer description for the lock that it holds changes nothing (flock(2): "a process may hold only one
 //!   type of lock … on a file. Subsequent flock() calls on an already locked file will convert an existing lock to the new
-//!   lock mode"), and takes it again if somebody has unlocked it: `gate.rs` does so at each acquire.
+//!   lock mode"), and takes it again if somebody has unlocked it: `descriptor.rs` does so at each acquire.
 //!
 //! Uses: `sys`.
 

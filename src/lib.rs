@@ -129,6 +129,7 @@
 compile_error!("kanbanlock supports Linux only so far");
 
 // Which may use which is in ARCHITECTURE.md, and enforced by tests/tidy.rs.
+mod descriptor;
 mod driver;
 mod error;
 mod events;
@@ -145,6 +146,7 @@ mod inner_gates;
 mod inspect;
 mod io;
 mod lock;
+mod long_wait;
 mod ofd;
 mod options;
 mod place;

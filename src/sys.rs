@@ -3,7 +3,7 @@
 //! tells of descriptors.
 //!
 //! Each function makes one call, retried on EINTR where the manual allows it, with the error as [`io::Error`]. What the
-//! errors mean is for `gate.rs`, `hint.rs` and `ofd.rs` to say.
+//! errors mean is for `refusal.rs`, `hint.rs` and `ofd.rs` to say.
 //!
 //! [`ErrnoGuard`] keeps the promise of ARCHITECTURE.md ("errno"): SQLite's core asks `xGetLastError` after a
 //! failure, and must find the errno that the *real* VFS left, not one of ours.
@@ -252,7 +252,7 @@ impl Tick {
 pub fn tick() -> Tick {
     let mut now = libc::timespec { tv_sec: 0, tv_nsec: 0 };
     // SAFETY: a clock that Linux has had since 2.6.32, and a place for its answer. (A failure leaves zeros: then every
-    // moment is one tick, and `gate.rs` would look at a lock file's name once only. It cannot fail.)
+    // moment is one tick, and `descriptor.rs` would look at a lock file's name once only. It cannot fail.)
     unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC_COARSE, &raw mut now) };
     Tick(now.tv_sec, now.tv_nsec)
 }
