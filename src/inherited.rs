@@ -47,6 +47,23 @@ use crate::sys::{self, ErrnoGuard, FileId};
 /// How many copies of SQLite can have hooks. A hook gets no context, so each copy needs functions of its own.
 pub const COPIES: usize = 8;
 
+/// `[$hooks::<0>(), …]`: what a generic function has for each of the [`COPIES`].
+macro_rules! for_each_copy {
+    ($hooks:ident) => {
+        [
+            $hooks::<0>(),
+            $hooks::<1>(),
+            $hooks::<2>(),
+            $hooks::<3>(),
+            $hooks::<4>(),
+            $hooks::<5>(),
+            $hooks::<6>(),
+            $hooks::<7>(),
+        ]
+    };
+}
+pub(crate) use for_each_copy;
+
 struct Table {
     files: Vec<File>,
     last_number: u64,
@@ -266,16 +283,7 @@ fn install_hooks(copy: usize) {
 
 type Hooks = (unsafe extern "C" fn(), unsafe extern "C" fn());
 
-static HOOKS: [Hooks; COPIES] = [
-    hooks::<0>(),
-    hooks::<1>(),
-    hooks::<2>(),
-    hooks::<3>(),
-    hooks::<4>(),
-    hooks::<5>(),
-    hooks::<6>(),
-    hooks::<7>(),
-];
+static HOOKS: [Hooks; COPIES] = for_each_copy!(hooks);
 
 const fn hooks<const COPY: usize>() -> Hooks {
     let fstat: Fstat = hooked_fstat::<COPY>;

@@ -56,7 +56,7 @@ use once_cell::sync::OnceCell;
 use crate::error::rc;
 use crate::events::About;
 use crate::host::Host;
-use crate::inherited::{self, COPIES};
+use crate::inherited::{self, COPIES, for_each_copy};
 use crate::real::RealVfs;
 use crate::sys::{self, ErrnoGuard, FileId};
 
@@ -267,16 +267,7 @@ struct Hooks {
     close: unsafe extern "C" fn(),
 }
 
-static HOOKS: [Hooks; COPIES] = [
-    hooks::<0>(),
-    hooks::<1>(),
-    hooks::<2>(),
-    hooks::<3>(),
-    hooks::<4>(),
-    hooks::<5>(),
-    hooks::<6>(),
-    hooks::<7>(),
-];
+static HOOKS: [Hooks; COPIES] = for_each_copy!(hooks);
 
 const fn hooks<const COPY: usize>() -> Hooks {
     let fcntl: HookedFcntl = hooked_fcntl::<COPY>;

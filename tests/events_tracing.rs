@@ -7,7 +7,7 @@ mod support;
 use std::fmt::Debug;
 use std::sync::Once;
 
-use support::events::{self, Seen};
+use support::events::{self, Seen, tests_with};
 use tracing::field::{Field, Visit};
 use tracing::span::{Attributes, Id, Record};
 use tracing::{Event, Metadata, Subscriber};
@@ -73,39 +73,10 @@ fn install() {
     static ONCE: Once = Once::new();
     ONCE.call_once(|| tracing::subscriber::set_global_default(Collector).unwrap());
 }
+
 #[test]
 fn agent_process() {
     support::agent::serve_if_asked();
 }
 
-#[test]
-fn every_line_of_the_log_is_an_event() {
-    install();
-    events::every_line_of_the_log_is_an_event();
-}
-
-#[test]
-fn a_long_wait_is_two_events() {
-    install();
-    events::a_long_wait_is_two_events();
-}
-
-#[test]
-fn a_logger_may_use_sqlite() {
-    install();
-    events::a_logger_may_use_sqlite();
-}
-
-#[test]
-fn a_logger_may_use_sqlite_also_for_a_line_from_inside_the_unix_vfs() {
-    install();
-    events::a_logger_may_use_sqlite_also_for_a_line_from_inside_the_unix_vfs(
-        "a_logger_may_use_sqlite_also_for_a_line_from_inside_the_unix_vfs",
-    );
-}
-
-#[test]
-fn a_panic_of_a_logger_ends_before_sqlite() {
-    install();
-    events::a_panic_of_a_logger_ends_before_sqlite();
-}
+tests_with!(install);

@@ -13,6 +13,27 @@ use rusqlite::Connection;
 use super::agent::Agent;
 use super::{TestDb, await_tick, code, in_own_process, is_flocked, log, set_journal_mode};
 
+/// The tests, with a logger that `$install` installs, once in a process.
+#[allow(unused_macros)] // of the test binaries, two use it
+macro_rules! tests_with {
+    ($install:ident) => {
+        tests_with!($install: every_line_of_the_log_is_an_event);
+        tests_with!($install: a_long_wait_is_two_events);
+        tests_with!($install: a_logger_may_use_sqlite);
+        tests_with!($install: a_logger_may_use_sqlite_also_for_a_line_from_inside_the_unix_vfs);
+        tests_with!($install: a_panic_of_a_logger_ends_before_sqlite);
+    };
+    ($install:ident: $scenario:ident) => {
+        #[test]
+        fn $scenario() {
+            $install();
+            $crate::support::events::$scenario();
+        }
+    };
+}
+#[allow(unused_imports)]
+pub(crate) use tests_with;
+
 /// An event, as a logger sees it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Seen {
@@ -177,9 +198,9 @@ fn write(path: &Path, text: &str) -> rusqlite::Result<()> {
 }
 
 /// A line that is written in a hook of the unix VFS, which has a mutex of its own locked, and so have the close-proof
-/// locks. The logger opens a database: it would wait for both. `test` is the name of the calling test.
-pub fn a_logger_may_use_sqlite_also_for_a_line_from_inside_the_unix_vfs(test: &str) {
-    in_own_process(test, || {
+/// locks. The logger opens a database: it would wait for both.
+pub fn a_logger_may_use_sqlite_also_for_a_line_from_inside_the_unix_vfs() {
+    in_own_process("a_logger_may_use_sqlite_also_for_a_line_from_inside_the_unix_vfs", || {
         // A deadlock shall fail, not hang.
         // SAFETY: alarm(2) takes a number; the signal ends the process.
         unsafe { libc::alarm(120) };
