@@ -348,7 +348,7 @@ impl LockFile {
         let mut seen = seat.release_count();
         // Again after a first refusal: whoever released the gate meanwhile may not have seen that we wait.
         for _ in 0..2 {
-            if seat.may_try(now) && self.try_flock()? {
+            if seat.may_try(now) && self.try_flock().inspect_err(|_| seat.give_way(now))? {
                 seat.acquired(now);
                 wait::over();
                 return Ok(true);

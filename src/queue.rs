@@ -9,13 +9,19 @@
 //! *Ticket*: the number that a seat draws when it starts to wait, and keeps until it has had the gate; the lowest is next.
 //! *Asleep*: in [`Seat::sleep_until_next`], wakeable. *Away*: refused, but somewhere else: about to try again, or in a
 //! busy handler that sleeps by itself. *Reservation*: "until then the gate is for that seat". *Turn*: the time that a
-//! seat may go on acquiring while others wait, the *slice*.
+//! seat may go on acquiring while others wait, the *slice*. *Claimed*: the one that the gate is reserved for is awake.
+//! *Overtake*: to have the gate while it is reserved for one that is still waking up.
 //!
 //! ## Invariants
 //! - **Reserve, don't grant.** Nobody takes the flock for another, nor in its sleep: a retry that does not come would leave
 //!   it locked.
 //! - **No barging.** While somebody lives that is asleep with a lower ticket, or while the gate is reserved for another,
-//!   a seat does not try the flock; but in its own slice.
+//!   a seat does not try the flock; but in its own slice, and to overtake.
+//! - **Overtaken for a moment only.** It takes a process some 50 µs to wake up; meanwhile the gate need not lie idle. A
+//!   seat that has not waited may overtake, for [`WAKING`] after the reservation, until that is claimed. An overtaker writes
+//!   on the board that it is one *before* it looks whether the reservation is claimed; who claims looks *after* that
+//!   whether there is an overtaker, and then waits for it (sequentially consistent). To overtake begins no slice. An
+//!   overtaker that was killed stands on the board until the next one has the gate.
 //! - **No lost wake.** A waiter has its entry on the board *before* it tries the flock for the last time, and a releaser
 //!   looks at the board *after* it has unlocked the flock; then it raises `releases` *before* it looks who is asleep, and a
 //!   waiter looks at `releases` *after* it has marked itself asleep. Each of these pairs is sequentially consistent.
@@ -50,6 +56,10 @@ const ANYBODY: u64 = 1 << ENTRIES;
 
 /// How long the gate is kept for the one that was woken.
 const LEASE: Micros = 2_000;
+/// For how long after it was woken a sleeper may be overtaken. (Longer lengthens the others' waits, not the throughput.)
+const WAKING: Micros = 200;
+/// How long one that is awake waits for who has overtaken it, before it sleeps again.
+const SPIN: Micros = 50;
 /// How often the first in the queue looks by itself; the second half as often, and so on, down to [`SLOWEST_POLL`].
 const POLL: Micros = 2_000;
 const SLOWEST_POLL: Micros = 20_000;
@@ -76,6 +86,8 @@ const RESCUE_SHARE: Micros = 8;
 const IS_AWAY: u64 = 1;
 const IS_ASLEEP: u64 = 2;
 const FREE: u64 = 0;
+/// In a reservation: nobody may overtake.
+const CLAIMED: u64 = 1;
 
 /// A cache line of its own.
 #[repr(C, align(64))]
@@ -108,11 +120,13 @@ struct Identity {
 #[repr(C)]
 #[derive(Debug, Default)]
 struct Turn {
-    /// `id << 32 | end`, the end in the low 32 bits of microseconds; 0: none.
+    /// `id << 32 | end | CLAIMED`, the end in the low 32 bits of microseconds, made even; 0: none.
     reservation: AtomicU64,
     /// Raised at each release that somebody may be waiting for.
     releases: AtomicU32,
     owner: AtomicU32,
+    /// The seat that overtakes, or is about to; 0: none.
+    overtaker: AtomicU32,
     /// Not 0: the owner waits for EXCLUSIVE, until the last SHARED lock is gone.
     exclusive: AtomicU32,
     /// Raised by each connection that gives up SHARED meanwhile.
@@ -201,8 +215,8 @@ impl Board {
         }
     }
 
-    /// "kanbanlock queue, layout 1".
-    const MAGIC: u64 = u64::from_le_bytes(*b"kanbanq1");
+    /// "kanbanlock queue, layout 2".
+    const MAGIC: u64 = u64::from_le_bytes(*b"kanbanq2");
 
     /// Marks new memory as the board of the lock file with these device and inode numbers.
     pub fn initialise(&self, (device, inode): (u64, u64)) {
@@ -230,15 +244,9 @@ impl Board {
         &self.entries.0[index % ENTRIES].0
     }
 
-    /// The seat that the gate is reserved for.
-    fn reserved(&self, now: Micros) -> Option<u32> {
-        reserved_for(self.turn.0.reservation.load(SeqCst), now)
-    }
-
-    /// Reserves the gate for `id`, unless it is reserved. False: it is, or somebody else has reserved or acquired it since
-    /// the reservation was `seen`.
-    fn reserve(&self, seen: u64, id: u32, now: Micros, lease: Micros) -> bool {
-        let new = reservation(id, now + lease);
+    /// Reserves the gate as `new` says, unless it is reserved. False: it is, or somebody else has reserved or acquired it
+    /// since the reservation was `seen`.
+    fn reserve(&self, seen: u64, new: u64, now: Micros) -> bool {
         let word = &self.turn.0.reservation;
         reserved_for(seen, now).is_none() && word.compare_exchange(seen, new, SeqCst, SeqCst).is_ok()
     }
@@ -359,6 +367,8 @@ pub struct Seat<B: AsRef<Board>> {
     owes: AtomicBool,
     /// The entry to wake, plus one; 0: none.
     pending_wake: AtomicU32,
+    /// `Turn::overtaker` is this seat.
+    overtakes: AtomicBool,
 }
 
 /// Since when a seat waits that was refused ([`Seat::enqueue`]).
@@ -402,6 +412,7 @@ impl<B: AsRef<Board>> Seat<B> {
             turn_ends: AtomicU64::new(0),
             owes: AtomicBool::new(false),
             pending_wake: AtomicU32::new(0),
+            overtakes: AtomicBool::new(false),
         }
     }
 
@@ -439,16 +450,80 @@ impl<B: AsRef<Board>> Seat<B> {
         }
     }
 
-    /// May this seat try the flock now?
+    /// May this seat try the flock now? If so, [`Seat::acquired`], [`Seat::enqueue`] or [`Seat::give_way`] follows.
     pub fn may_try(&self, now: Micros) -> bool {
-        if let Some(id) = self.at().reserved(now) {
-            return id == self.id;
+        let reservation = self.at().turn.0.reservation.load(SeqCst);
+        if let Some(id) = reserved_for(reservation, now) {
+            return id == self.id || self.overtake(reservation, now);
         }
         let ticket = match self.ticket.load(Relaxed) {
             0 => u64::MAX,
             ticket => ticket,
         };
         self.has_turn(now) || !self.at().waiters(now).any(|waiter| waiter.is_asleep && waiter.ticket < ticket)
+    }
+
+    /// Begins to overtake, if this seat may.
+    fn overtake(&self, reservation: u64, now: Micros) -> bool {
+        let turn = &self.at().turn.0;
+        let left = Micros::from(halves(reservation)[1].wrapping_sub(low(now)));
+        let has_waited = self.ticket.load(Relaxed) != 0;
+        if reservation & CLAIMED != 0 || has_waited || left + WAKING < LEASE {
+            return false;
+        }
+        if turn.overtaker.compare_exchange(0, self.id, SeqCst, SeqCst).is_err() {
+            return false;
+        }
+        self.overtakes.store(true, Relaxed);
+        let is_unclaimed = turn.reservation.load(SeqCst) == reservation;
+        if !is_unclaimed {
+            self.give_way(now);
+        }
+        is_unclaimed
+    }
+
+    /// It was to overtake, and has not had the flock: whoever has waited for that is told.
+    pub fn give_way(&self, now: Micros) {
+        if self.stop_overtaking() {
+            self.hand_over(now);
+            self.wake();
+        }
+    }
+
+    /// False: it was not overtaking.
+    #[inline]
+    fn stop_overtaking(&self) -> bool {
+        let overtakes = self.overtakes.load(Relaxed);
+        if overtakes {
+            self.overtakes.store(false, Relaxed);
+            let _ = self.at().turn.0.overtaker.compare_exchange(self.id, 0, SeqCst, SeqCst);
+        }
+        overtakes
+    }
+
+    #[cfg(test)]
+    pub fn is_overtaking(&self) -> bool {
+        self.overtakes.load(Relaxed)
+    }
+
+    /// The gate is reserved for this seat, which is awake: nobody overtakes it from now on, and who does is waited for.
+    /// False: it is not through yet, or the reservation is over.
+    fn claim(&self, reservation: u64) -> bool {
+        let turn = &self.at().turn.0;
+        let claimed = reservation | CLAIMED;
+        let is_claimed = reservation == claimed
+            || turn.reservation.compare_exchange(reservation, claimed, SeqCst, SeqCst).is_ok();
+        if !is_claimed {
+            return false;
+        }
+        let end = sys::micros() + SPIN;
+        while turn.overtaker.load(SeqCst) != 0 {
+            if sys::micros() >= end {
+                return false;
+            }
+            std::hint::spin_loop();
+        }
+        true
     }
 
     /// Within its own slice.
@@ -459,6 +534,7 @@ impl<B: AsRef<Board>> Seat<B> {
 
     /// The seat was refused: it waits.
     pub fn enqueue(&self, now: Micros) -> Enqueued {
+        self.give_way(now);
         if self.owes.load(Relaxed) {
             // The slice has ended between the release and now.
             self.hand_over(now);
@@ -535,11 +611,17 @@ impl<B: AsRef<Board>> Seat<B> {
             turn.next_rescue.store(now + RESCUE_SHARE * idle, Relaxed);
         }
         if reserved_for(seen, now).is_none_or(|id| id == self.id) {
-            let over = reservation(self.id, now.saturating_sub(HORIZON));
+            let over = reservation(self.id, now.saturating_sub(HORIZON), CLAIMED);
             let _ = turn.reservation.compare_exchange(seen, over, SeqCst, SeqCst);
         }
         self.owes.store(false, Relaxed);
         let has_waited = self.ticket.swap(0, Relaxed) != 0;
+        if self.overtakes.load(Relaxed) {
+            return self.note_holder(now);
+        }
+        if turn.overtaker.load(Relaxed) != 0 {
+            turn.overtaker.store(0, Relaxed); // killed, or about to be refused
+        }
         if has_waited || !self.has_turn(now) {
             turn.owner.store(self.id, Relaxed);
             turn.kept.store(0, Relaxed);
@@ -566,13 +648,14 @@ impl<B: AsRef<Board>> Seat<B> {
     /// The flock was unlocked while somebody waited: says who is next. [`Seat::wake`] then wakes it.
     pub fn choose_next(&self, now: Micros) {
         let board = self.at();
+        let has_overtaken = self.stop_overtaking();
         board.turn.0.releases.fetch_add(1, SeqCst);
         self.released.store(now, Relaxed);
         if board.queued.0.load(Relaxed) & ANYBODY != 0 {
             board.queued.0.fetch_and(!ANYBODY, SeqCst);
             self.wakes_all.store(true, Relaxed);
         }
-        if self.has_turn(now) && self.is_tight.load(Relaxed) {
+        if !has_overtaken && self.has_turn(now) && self.is_tight.load(Relaxed) {
             self.owes.store(true, Relaxed);
             board.turn.0.kept.store(self.turn_ends.load(Relaxed), Relaxed);
         } else {
@@ -586,8 +669,17 @@ impl<B: AsRef<Board>> Seat<B> {
         board.turn.0.kept.store(0, Relaxed);
         self.unreserve();
         let seen = board.turn.0.reservation.load(SeqCst);
-        let Some((next, lease)) = board.next(now) else { return };
-        if board.reserve(seen, next.id, now, lease) && next.is_asleep {
+        let next = match reserved_for(seen, now) {
+            // It may have claimed that, and gone to sleep again since it was overtaken.
+            Some(id) if seen & CLAIMED != 0 => board.waiters(now).find(|waiter| waiter.id == id),
+            // It was woken, or will be.
+            Some(_) => None,
+            None => board.next(now).and_then(|(next, lease)| {
+                let claimed = if next.is_asleep { 0 } else { CLAIMED };
+                board.reserve(seen, reservation(next.id, now + lease, claimed), now).then_some(next)
+            }),
+        };
+        if let Some(next) = next.filter(|next| next.is_asleep) {
             self.pending_wake.store(u32::try_from(next.entry).map_or(0, |entry| entry + 1), Relaxed);
         }
     }
@@ -597,6 +689,7 @@ impl<B: AsRef<Board>> Seat<B> {
     pub fn transaction_over(&self, now: impl Fn() -> Micros) {
         let has_asked = self.has_asked.swap(false, Relaxed);
         self.is_writer.store(has_asked, Relaxed);
+        self.stop_overtaking();
         let turn = &self.at().turn.0;
         if turn.exclusive.load(Relaxed) != 0 {
             turn.shared_releases.fetch_add(1, SeqCst);
@@ -727,7 +820,7 @@ impl<B: AsRef<Board>> Seat<B> {
             let may_probe_flock = board.holder().is_none() || (has_polled && polls % DISTRUST == 0);
             let reservation = board.turn.0.reservation.load(SeqCst);
             let is_next = match reserved_for(reservation, now) {
-                Some(id) => id == self.id,
+                Some(id) => id == self.id && self.claim(reservation),
                 // Within the owner's slice the flock is free between its transactions.
                 None => {
                     (is_released || has_polled)
@@ -737,7 +830,7 @@ impl<B: AsRef<Board>> Seat<B> {
                         && !is_ahead(board.turn.0.kept.load(Relaxed), now + 1)
                         && may_probe_flock
                         && is_free()
-                        && board.reserve(reservation, self.id, now, LEASE)
+                        && board.reserve(reservation, self::reservation(self.id, now + LEASE, CLAIMED), now)
                 }
             };
             if is_next || slept >= limit {
@@ -778,6 +871,7 @@ impl<B: AsRef<Board>> Drop for Seat<B> {
         if self.pid != std::process::id() {
             return;
         }
+        self.stop_overtaking();
         self.leave();
         self.wake();
     }
@@ -804,9 +898,9 @@ fn passed(now: &mut Micros, pause: Micros) -> Micros {
     now.checked_sub(before).unwrap_or(pause)
 }
 
-/// For `id`, until `end`.
-fn reservation(id: u32, end: Micros) -> u64 {
-    u64::from(id) << 32 | u64::from(low(end))
+/// For `id`, until `end`; `claimed`: [`CLAIMED`] or 0.
+fn reservation(id: u32, end: Micros, claimed: u64) -> u64 {
+    u64::from(id) << 32 | u64::from(low(end)) & !CLAIMED | claimed
 }
 
 /// Whom this reservation keeps the gate for.
