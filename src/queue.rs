@@ -233,6 +233,11 @@ impl Board {
             && its_inode.load(Relaxed) == inode
     }
 
+    #[cfg(test)]
+    pub fn overtaker(&self) -> u32 {
+        self.turn.0.overtaker.load(SeqCst)
+    }
+
     /// The process that holds the gate, as far as it has said so, and since when.
     pub fn holder(&self) -> Option<(u32, Micros)> {
         let holder = self.holder.0.load(Relaxed);

@@ -28,7 +28,7 @@
 //! hint file (`tests/queue_hint.rs`), real processes (`tests/waiting.rs`), waiting for EXCLUSIVE and for releases.
 
 use std::sync::Mutex;
-use std::sync::atomic::{AtomicU64 as PlainU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64 as PlainU64, Ordering};
 
 use crate::queue::{Board, ENTRIES, Enqueued, Seat};
 use crate::tests::world::{self, Blow, Fate, Micros, Outcome, Plan, Random, START, Schedule, fail, simulate};
@@ -548,6 +548,57 @@ fn clients_whose_clocks_differ_all_get_their_turns() {
         );
         assert!(result.tallies.iter().all(|tally| tally.commits > 0), "{by} us: {:?}", result.tallies);
     }
+}
+
+/// One that sleeps is overtaken by an owner whose slice is not over, and sleeps again; then comes `end`. The board after the
+/// sleeper has had the gate, for which it waits less long than the slice.
+fn overtaken_within_the_slice(end: impl FnOnce(&Seat<At<'_>>) + Send) -> Board {
+    let board = Board::default();
+    let is_free = AtomicBool::new(false);
+    let owner = || {
+        let seat = Seat::new(At(&board), 900_000);
+        assert!(seat.may_try(world::micros()));
+        seat.acquired(world::micros());
+        world::sleep(500);
+        // Not tight, so the gate is reserved for the sleeper; and then, before that is awake, it comes again.
+        seat.note_releasing();
+        seat.choose_next(world::micros());
+        seat.note_attempt(world::micros());
+        assert!(seat.may_try(world::micros()) && seat.is_overtaking());
+        seat.acquired(world::micros());
+        seat.wake();
+        world::sleep(500);
+        is_free.store(true, Ordering::SeqCst);
+        end(&seat);
+        std::mem::forget(seat);
+    };
+    let sleeper = || {
+        let seat = Seat::new(At(&board), 0);
+        world::sleep(100);
+        let seen = seat.release_count();
+        assert_eq!(seat.enqueue(world::micros()), Enqueued::Now);
+        let waited = seat.sleep_until_next(500_000, seen, || is_free.load(Ordering::SeqCst));
+        assert!(waited.is_next, "{waited:?}");
+        seat.acquired(world::micros());
+    };
+    let plan = Plan { latest: 10_000_000, longest_idle: 10_000_000, ..Plan::default() };
+    assert_eq!(simulate(plan, vec![Box::new(owner), Box::new(sleeper)]).wrong, None);
+    board
+}
+
+#[test]
+fn who_has_overtaken_hands_over_although_its_slice_is_not_over() {
+    let board = overtaken_within_the_slice(|owner| {
+        owner.note_releasing();
+        owner.choose_next(world::micros());
+        owner.transaction_over(world::micros);
+    });
+    assert_eq!(board.overtaker(), 0);
+}
+
+#[test]
+fn an_overtaker_that_is_killed_is_forgotten() {
+    assert_eq!(overtaken_within_the_slice(|_| {}).overtaker(), 0);
 }
 
 #[test]
